@@ -1,0 +1,87 @@
+"""What the operators share: argument checks, the choice of a backend, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+# Every name that may be asked for. An operator offers the subset that it implements; naming a backend that is
+# known but absent and misspelling one are different mistakes and get different messages.
+KNOWN_BACKENDS = ("reference", "native", "triton", "cuda")
+
+
+def choose_backend(operator: str, backend: str, available: Mapping[str, Callable]) -> Callable:
+    """The implementation that `backend` names; only "auto" may choose.
+
+    Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
+    """
+    if backend == "auto":
+        return available["reference"]
+    if backend not in KNOWN_BACKENDS:
+        raise ValueError(f"{operator}: backend must be 'auto' or one of {list(KNOWN_BACKENDS)}, got {backend!r}")
+    if backend not in available:
+        raise RuntimeError(
+            f"{operator}: backend {backend!r} is not available in this installation; "
+            f"available: {sorted(available)}. Use backend='auto' to let the package choose."
+        )
+    return available[backend]
+
+
+def check_factors(operator: str, x: Tensor, Vh: Tensor, U: Tensor, bias: Tensor | None, **per_rank: Tensor) -> None:
+    """Shapes, dtypes and devices of `((x Vhᵀ) ⊙ s) Uᵀ + bias`.
+
+    `per_rank` are the `[rank]` vectors. Raises `TypeError` for a non-tensor or a wrong dtype and `ValueError` for a
+    wrong shape or device; the message names the argument.
+    """
+    tensors = {"x": x, "Vh": Vh, "U": U, **per_rank}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be floating point, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{operator}: {name} is on {tensor.device} but x is on {x.device}")
+
+    if Vh.dim() != 2:
+        raise ValueError(f"{operator}: Vh must be [rank, in_features], got shape {list(Vh.shape)}")
+    if U.dim() != 2:
+        raise ValueError(f"{operator}: U must be [out_features, rank], got shape {list(U.shape)}")
+    rank, in_features = Vh.shape
+    out_features = U.shape[0]
+    if U.shape[1] != rank:
+        raise ValueError(f"{operator}: U must be [out_features, {rank}] as Vh has rank {rank}, got {list(U.shape)}")
+    if rank == 0:
+        raise ValueError(f"{operator}: rank is 0 (Vh is {list(Vh.shape)}); a layer of rank 0 is its bias alone")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"{operator}: x must be [..., {in_features}] as Vh is {list(Vh.shape)}, got {list(x.shape)}")
+    for name, tensor in per_rank.items():
+        if tensor.shape != (rank,):
+            raise ValueError(f"{operator}: {name} must be [{rank}], got shape {list(tensor.shape)}")
+        # Singular values and masks act after the rounding of z; a lower precision than float32 would lose mask steps.
+        if tensor.dtype != torch.promote_types(x.dtype, torch.float32) and tensor.dtype != x.dtype:
+            raise TypeError(f"{operator}: {name} must be float32 or x's dtype {x.dtype}, got {tensor.dtype}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"{operator}: bias must be [{out_features}], got shape {list(bias.shape)}")
+    for name in ("Vh", "U", "bias"):
+        if name in tensors and tensors[name].dtype != x.dtype:
+            raise TypeError(f"{operator}: {name} is {tensors[name].dtype} but x is {x.dtype}; convert one of them")
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """`x` and `tensors` in autocast's dtype where autocast is on, as `torch.nn.functional.linear` would take them."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        # Autocast leaves float64 alone, so that a gradient check under it stays exact.
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype)
+
+    return tuple(cast(tensor) for tensor in (x, *tensors))
