@@ -1,0 +1,29 @@
+"""Compress a language model to any size in one gradient run, and run it faster than the dense one.
+
+Importing this package registers the weight format "acip" with transformers, so that `from_pretrained` loads what it
+has saved.
+"""
+
+from .compress import CompressionConfig, CompressionResult, Sizing, compress, factorize, materialize
+from .compress.scores import score_by_singular_values
+from .models.saving import load, save
+from .nn import LowRankLinear, SVDLinear
+from .ops import lowrank_linear, masked_svd_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionConfig",
+    "CompressionResult",
+    "LowRankLinear",
+    "SVDLinear",
+    "Sizing",
+    "compress",
+    "factorize",
+    "load",
+    "lowrank_linear",
+    "masked_svd_linear",
+    "materialize",
+    "save",
+    "score_by_singular_values",
+]

@@ -1,0 +1,160 @@
+"""Every constant of an ACIP run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+# Steps of a run whose λ and learning rate are the reference's; shorter runs keep the shape of that one.
+REFERENCE_STEPS = 1600
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionConfig:
+    """The constants of an ACIP run (arXiv 2502.01717), with the values of its published implementation.
+
+    What is factorized:
+        targets, exclude: which linear layers (see `factorize`); the output head never is.
+        mask_scale: start value `c` of every mask parameter.
+        adapter_rank, adapter_alpha, adapter_dropout: the LoRA adapter beside every factorized layer.
+
+    The pruning phase, until the size ratio of the factorized layers (adapters not counted, as they are not
+    merged yet) is at or below `stop_ratio`:
+        mask_learning_rate, adapter_learning_rate, betas, eps: AdamW's, without weight decay.
+        lambda_start, lambda_growth, lambda_every: the l1 penalty λ on the masks, multiplied by
+            `lambda_growth` every `lambda_every` steps.
+        max_prune_steps: at this step what is still too large is cut at once, lowest masks first. None: prune on
+            until λ has done it.
+
+    The tuning phase:
+        tune_steps: steps with the masks frozen, on the task loss alone. tune_learning_rate: None for
+            `adapter_learning_rate`.
+
+    How it is computed:
+        dtype: "auto" (see `compute_dtype`), or the name of a torch dtype for the model and its factors; masks,
+            scores and adapters are float32 in any case.
+        gradient_accumulation: batches a step. gradient_checkpointing: recompute activations to save memory.
+        compact_every: steps between two checks whether pruned ranks are worth leaving out; 0 for never.
+        checkpoint_seconds: time between two checkpoints of the run.
+        seed: of the adapters' start and of dropout.
+    """
+
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ()
+    mask_scale: float = 0.02
+    adapter_rank: int = 32
+    adapter_alpha: float = 16.0
+    adapter_dropout: float = 0.05
+
+    mask_learning_rate: float = 5e-5
+    adapter_learning_rate: float = 5e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    lambda_start: float = 1e-3
+    lambda_growth: float = 1.01
+    lambda_every: int = 4
+    stop_ratio: float = 0.4
+    max_prune_steps: int | None = None
+
+    tune_steps: int = 1000
+    tune_learning_rate: float | None = None
+
+    dtype: str = "auto"
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    compact_every: int = 8
+    checkpoint_seconds: float = 120.0
+    seed: int = 0
+
+    def __post_init__(self):
+        # Lists come from JSON and from users; a frozen run's constants are tuples.
+        for name in ("targets", "exclude", "betas"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        for name, value, low, high in (
+            ("mask_scale", self.mask_scale, 0, math.inf),
+            ("mask_learning_rate", self.mask_learning_rate, 0, math.inf),
+            ("adapter_learning_rate", self.adapter_learning_rate, 0, math.inf),
+            ("eps", self.eps, 0, math.inf),
+            ("lambda_start", self.lambda_start, 0, math.inf),
+            ("stop_ratio", self.stop_ratio, 0, 1),
+        ):
+            if not low < value <= high or math.isinf(value):
+                raise ValueError(f"{name} must be above {low}{'' if high == math.inf else f' and at most {high}'}, got {value}")
+        for name, value, low in (
+            ("adapter_rank", self.adapter_rank, 0),
+            ("lambda_every", self.lambda_every, 1),
+            ("tune_steps", self.tune_steps, 0),
+            ("gradient_accumulation", self.gradient_accumulation, 1),
+            ("compact_every", self.compact_every, 0),
+            ("max_prune_steps", 1 if self.max_prune_steps is None else self.max_prune_steps, 1),
+        ):
+            if not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+        if not self.lambda_growth >= 1:
+            raise ValueError(f"lambda_growth must be at least 1, got {self.lambda_growth}")
+        if not 0 <= self.adapter_dropout < 1:
+            raise ValueError(f"adapter_dropout must be in [0, 1), got {self.adapter_dropout}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be 'auto' or one of {sorted(DTYPES)}, got {self.dtype!r}")
+        if self.max_prune_steps is None and self.lambda_growth == 1:
+            raise ValueError("lambda_growth of 1 may never reach stop_ratio: set max_prune_steps")
+
+    @classmethod
+    def short(cls, steps: int, stop_ratio: float = 0.4, **changes) -> CompressionConfig:
+        """A run that reaches `stop_ratio` in `steps` pruning steps, with the reference's schedule squeezed into them.
+
+        λ grows over the `steps` as it does over the reference's run, and masks and adapters learn faster in the same
+        proportion, so that a mask can still get from its start to zero. Should the penalty not have done all of
+        it by then, the last step cuts the rest. `tune_steps` is a quarter of `steps`. `changes` are fields
+        that take precedence.
+        """
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
+        faster = REFERENCE_STEPS / steps
+        default = cls()
+        settings = {
+            "mask_learning_rate": default.mask_learning_rate * faster,
+            "adapter_learning_rate": min(default.adapter_learning_rate * faster, 1e-3),
+            "lambda_growth": default.lambda_growth ** (faster / default.lambda_every),
+            "lambda_every": 1,
+            "stop_ratio": stop_ratio,
+            "max_prune_steps": steps,
+            "tune_steps": steps // 4,
+        }
+        return cls(**settings | changes)
+
+    def lambda_at(self, step: int) -> float:
+        """λ of the pruning phase's step number `step`, from 0."""
+        exponent = (step // self.lambda_every) * math.log(self.lambda_growth)
+        return self.lambda_start * math.exp(min(exponent, 500.0))
+
+    def to_dict(self) -> dict:
+        """The fields, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> CompressionConfig:
+        """The configuration of `to_dict`. Raises `ValueError` for a field that does not exist."""
+        unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"CompressionConfig has no field {', '.join(sorted(unknown))}")
+        return cls(**fields)
+
+
+def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype that `dtype` names; "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    elif device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = True
+    return torch.bfloat16 if fast else torch.float32

@@ -1,0 +1,120 @@
+"""Swap a model's linear layers for their singular value decompositions."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pathlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..models.targets import choose_targets, is_conv1d, linear_layers, weight_of
+from ..nn import SVDLinear
+from ..nn.svd_linear import svd
+
+log = logging.getLogger("acip_kernels")
+
+
+def factorize(
+    model: nn.Module,
+    targets: str | Iterable[str] = "all-linear",
+    *,
+    exclude: Iterable[str] = (),
+    mask_scale: float = 0.02,
+    adapter_rank: int = 32,
+    adapter_alpha: float = 16.0,
+    adapter_dropout: float = 0.05,
+    dtype: torch.dtype | None = None,
+    svd_cache: str | pathlib.Path | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Replace `model`'s linear layers by `SVDLinear`, in place, and return their names.
+
+    `nn.Linear` and GPT-2's `Conv1D` are replaced; the output head never is, and what else cannot be is named in one
+    log line. Nothing is changed if any weight is not finite.
+
+    Args:
+        targets, exclude: "all-linear", a regular expression, or names or last parts of names; see
+            `models.targets.choose_targets`.
+        mask_scale, adapter_rank, adapter_alpha, adapter_dropout, backend: of every `SVDLinear`.
+        dtype: of the factors; None for the layer's own.
+        svd_cache: directory that keeps every decomposition, under a name made from the weight's content: a second
+            run starts at once, and an interrupted one goes on where it was. None keeps nothing.
+        seed: of the adapters' start.
+        progress: called as `progress(done, total)` after every layer.
+
+    Raises:
+        ValueError: targets that mean no layer, a weight that is not finite (its layer is named), or a model that
+            is factorized already.
+    """
+    if any(isinstance(module, SVDLinear) for module in model.modules()):
+        raise ValueError("the model is factorized already")
+    layers, left_out = linear_layers(model)
+    names = choose_targets(layers, targets, exclude)
+    if left_out:
+        log.warning("left as they are, as they cannot be factorized: %s", "; ".join(left_out))
+    for name in names:
+        if not bool(torch.isfinite(weight_of(layers[name])).all()):
+            raise ValueError(f"{name}.weight holds NaN or infinite values; the model cannot be factorized")
+
+    generator = {}
+    for done, name in enumerate(names, 1):
+        layer = layers[name]
+        weight = weight_of(layer).detach()
+        if dtype is not None:
+            weight = weight.to(dtype)
+        if weight.device not in generator:
+            generator[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+        bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
+        new = SVDLinear(
+            *cached_svd(weight, svd_cache),
+            bias,
+            mask_scale=mask_scale,
+            adapter_rank=adapter_rank,
+            adapter_alpha=adapter_alpha,
+            adapter_dropout=adapter_dropout,
+            source_type="Conv1D" if is_conv1d(layer) else "Linear",
+            generator=generator[weight.device],
+            backend=backend,
+        )
+        new.train(layer.training)
+        model.set_submodule(name, new)
+        if progress is not None:
+            progress(done, len(names))
+    return names
+
+
+def cached_svd(weight: Tensor, directory: str | pathlib.Path | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`svd(weight)`, read from `directory` if it is there and whole, else computed and kept there."""
+    if directory is None:
+        return svd(weight)
+    raw = weight.cpu().contiguous().view(torch.uint8).numpy()
+    digest = hashlib.blake2b(raw, digest_size=16, key=f"{weight.dtype}{list(weight.shape)}".encode()).hexdigest()
+    path = pathlib.Path(directory) / f"{digest}.safetensors"
+    if path.exists():
+        try:
+            factors = files.read_tensors(path, ("U", "S", "Vh"))
+        except ValueError as error:
+            log.warning("decomposing anew: %s", error)
+        else:
+            return tuple(factors[name].to(weight.device) for name in ("U", "S", "Vh"))
+    U, S, Vh = svd(weight)
+    try:
+        files.write_tensors(path, {"U": U, "S": S, "Vh": Vh})
+    except OSError as error:
+        # The cache only saves time; the run does not need it.
+        log.warning("the decomposition is not kept: %s", error)
+    return U, S, Vh
+
+
+def svd_layers(model: nn.Module) -> dict[str, SVDLinear]:
+    """The `SVDLinear` layers of `model` by name, in its order. Raises `ValueError` if there are none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDLinear)}
+    if not layers:
+        raise ValueError("the model has no SVDLinear layer: factorize it first")
+    return layers

@@ -1,0 +1,233 @@
+"""From a factorized model and a size to an ordinary model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from ..models import quantizer
+from ..nn import LowRankLinear, SVDLinear
+from .factorize import svd_layers
+from .sizing import Sizing
+
+log = logging.getLogger("acip_kernels")
+
+ADAPTERS = ("auto", "merge", "truncate", "drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One size of a factorized model: which singular values stay, and what becomes of the adapters.
+
+    `live` is `{layer: bool [k]}`, `adapters` one of "merge", "truncate" and "drop", and `sizing` counts what is stored
+    accordingly.
+    """
+
+    live: dict[str, Tensor]
+    adapters: str
+    sizing: Sizing
+
+    @property
+    def ranks(self) -> Tensor:
+        """Live ranks, int64 `[layers]`."""
+        return torch.stack([live.sum() for live in self.live.values()])
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The size ratio in both counts, by name."""
+        return self.sizing.ratios(self.ranks)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored in the whole file."""
+        return int(self.sizing.parameters(self.ranks).sum()) + self.sizing.rest
+
+    @property
+    def is_dense(self) -> dict[str, bool]:
+        """Whether a layer is stored as one matrix."""
+        dense = self.sizing.parameters(self.ranks) == self.sizing.dense
+        return dict(zip(self.sizing.names, dense.tolist(), strict=True))
+
+
+def plan_cut(
+    scores: dict[str, Tensor],
+    with_adapters: Sizing,
+    without_adapters: Sizing,
+    size_ratio: float,
+    *,
+    count: str = "factorized",
+    adapters: str = "auto",
+    trained: bool = True,
+) -> Cut:
+    """The cut of `scores` at `size_ratio`, counted in the way in which `adapters` will be stored.
+
+    adapters: "merge" keeps the adapter exactly, as `r` further ranks that count; "truncate" merges it and goes back to
+        the layer's own rank by a truncated SVD of the product, so that it costs nothing; "drop" leaves it out. "auto"
+        merges, unless the adapters alone are larger than the target, when it truncates and says so; adapters that
+        are not trained it drops.
+    """
+    if adapters not in ADAPTERS:
+        raise ValueError(f"adapters must be one of {', '.join(ADAPTERS)}, got {adapters!r}")
+    if adapters == "auto":
+        adapters = "merge" if trained else "drop"
+        if trained and 0 < size_ratio < with_adapters.smallest(count):
+            log.warning(
+                "at size ratio %s the adapters' own ranks (%.3f) are too large to keep: "
+                "they are merged and truncated to the layers' ranks",
+                size_ratio,
+                with_adapters.smallest(count),
+            )
+            adapters = "truncate"
+    sizing = with_adapters if adapters == "merge" else without_adapters
+    live = sizing.cut(scores, size_ratio, count)
+    ran = any(bool((score < 0).any()) for score in scores.values())
+    if ran and any(bool((scores[name].cpu()[~live[name]] > 0).any()) for name in live):
+        log.warning(
+            "size ratio %s (%s) is below the size at which the run stopped: the ranking there is less certain",
+            size_ratio,
+            count,
+        )
+    return Cut(live, adapters, sizing)
+
+
+def model_cut(model: nn.Module, size_ratio: float, *, rank_multiple: int = 1, **options) -> Cut:
+    """`plan_cut` of a model with `SVDLinear` layers, by the scores that they hold."""
+    layers = svd_layers(model)
+    trained = any(layer.adapter_rank and bool(layer.lora_B.any()) for layer in layers.values())
+    return plan_cut(
+        {name: layer.scores for name, layer in layers.items()},
+        Sizing.of(model, rank_multiple=rank_multiple),
+        Sizing.of(model, adapters=False, rank_multiple=rank_multiple),
+        size_ratio,
+        trained=trained,
+        **options,
+    )
+
+
+@torch.no_grad()
+def materialize(
+    model_or_result,
+    size_ratio: float,
+    *,
+    count: str = "factorized",
+    adapters: str = "auto",
+    rank_multiple: int = 1,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """An ordinary, independent model of size `size_ratio`; what it is made from stays as it is and can be cut again.
+
+    Every `SVDLinear` becomes the cheapest form for its rank: the class that it came from where a dense matrix is
+    smallest, else a `LowRankLinear`. Singular values are folded into the factors. In a transformers model the
+    ranks are put into `config.quantization_config`, so that its `save_pretrained` writes a directory that
+    `from_pretrained` loads.
+
+    Args:
+        model_or_result: a model with `SVDLinear` layers, or a `CompressionResult`.
+        size_ratio: what is left, in (0, 1], met from below.
+        count: what the ratio counts: "factorized", the weights of the factorized layers as stored; or "stored", every
+            parameter in the file.
+        adapters: "auto", "merge", "truncate" or "drop"; see `plan_cut`.
+        rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
+        dtype: of the new weights; None for the factors' own.
+
+    Raises:
+        ValueError: a target that is out of range or cannot be reached, or a model that is not factorized.
+    """
+    model = model_or_result if isinstance(model_or_result, nn.Module) else model_or_result.model
+    cut = model_cut(model, size_ratio, count=count, adapters=adapters, rank_multiple=rank_multiple)
+    is_dense, memo = cut.is_dense, {}
+    for name, layer in svd_layers(model).items():
+        A, B = (layer.lora_A, layer.lora_B) if layer.adapter_rank and cut.adapters != "drop" else (None, None)
+        live = cut.live[name].to(layer.S.device)
+        tensors = layer_tensors(
+            layer.U[:, live],
+            layer.S[live],
+            layer.Vh[live],
+            A,
+            B,
+            layer.adapter_scaling,
+            dense=is_dense[name],
+            truncate=cut.adapters == "truncate",
+            dtype=dtype or layer.U.dtype,
+        )
+        # A deep copy that meets a layer finds its replacement, wherever the layer is referred to.
+        memo[id(layer)] = _module(tensors, layer).train(layer.training)
+    # The quantizer of a factorized model says that it cannot be saved; the new model gets its own.
+    attached = model.__dict__.pop("hf_quantizer", None)
+    try:
+        new = copy.deepcopy(model, memo)
+    finally:
+        if attached is not None:
+            model.hf_quantizer = attached
+    if dtype is not None:
+        new.to(dtype)
+    for parameter in new.parameters():
+        parameter.requires_grad_(True)
+    if quantizer.is_transformers(new):
+        quantizer.attach_materialized(new, size_ratio=size_ratio, count=count, cut=cut)
+    return new
+
+
+def layer_tensors(
+    U: Tensor,
+    S: Tensor,
+    Vh: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    *,
+    dense: bool,
+    truncate: bool,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """A layer's weights, from its live `U [out, ρ]`, `S [ρ]`, `Vh [ρ, in]` and its adapter `A [r, in]`, `B [out, r]`.
+
+    Returns `{"weight": [out, in]}` if `dense`, else `{"Vh.weight": [rank, in], "U.weight": [out, rank]}` with
+    `√S` folded into either factor, so that both have the same scale in a narrow dtype. The rank is `ρ + r`, the adapter
+    concatenated, or `ρ` if `truncate`: the product's best approximation of that rank (Eckart-Young), from QR
+    decompositions of its two factors.
+    """
+    rank = S.shape[0]
+    precise = S.dtype
+    root = S.clamp_min(0).sqrt()
+    left, right = U.to(precise) * root, root[:, None] * Vh.to(precise)
+    if A is not None:
+        left = torch.cat([left, B.to(precise) * scaling], dim=1)
+        right = torch.cat([right, A.to(precise)])
+    if dense:
+        return {"weight": (left @ right).to(dtype)}
+    if truncate and A is not None:
+        Q_left, R_left = torch.linalg.qr(left)
+        Q_right, R_right = torch.linalg.qr(right.t())
+        inner_U, inner_S, inner_Vh = torch.linalg.svd(R_left @ R_right.t(), full_matrices=False)
+        root = inner_S[:rank].sqrt()
+        left = (Q_left @ inner_U[:, :rank]) * root
+        right = root[:, None] * (inner_Vh[:rank] @ Q_right.t())
+    return {"Vh.weight": right.to(dtype).contiguous(), "U.weight": left.to(dtype).contiguous()}
+
+
+def _module(tensors: dict[str, Tensor], layer: SVDLinear) -> nn.Module:
+    """An `nn.Linear`, `Conv1D` or `LowRankLinear` that holds `tensors` and a copy of `layer`'s bias."""
+    bias = None if layer.bias is None else layer.bias.clone()
+    if "weight" not in tensors:
+        bias = None if bias is None else bias.to(tensors["U.weight"].dtype)
+        return LowRankLinear.from_factors(tensors["Vh.weight"], tensors["U.weight"], bias)
+    weight = tensors["weight"]
+    if layer.source_type == "Conv1D":
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            module = Conv1D(layer.out_features, layer.in_features)
+        weight = weight.t().contiguous()
+        if bias is None:
+            bias = weight.new_zeros(layer.out_features)
+    else:
+        module = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    module.weight = nn.Parameter(weight)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.to(weight.dtype))
+    return module

@@ -1,0 +1,162 @@
+"""From scores and a size to ranks: what is stored, and which singular values stay."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import SVDLinear
+from .factorize import svd_layers
+
+COUNTS = ("factorized", "stored")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+    """How many parameters a factorized model stores at given ranks.
+
+    A layer of rank `ρ` whose adapter is merged exactly has `ρ + r` ranks, rounded up to a multiple of
+    `rank_multiple`; with two factors it stores `(ρ + r)(out + in)` numbers, as a dense matrix `out · in`, and it takes
+    the smaller form. A *size ratio* is what is left of the dense model, in one of two counts:
+
+    - `factorized`: the weights of the factorized layers alone, as they are stored;
+    - `stored`: every parameter in the file, embeddings, norms and biases too.
+
+    Fields: `names` of the layers; `out`, `in_`, `full_rank`, `adapter_rank`, int64 `[layers]`, in that order;
+    `rest`, the parameters of everything else in the file; `rank_multiple`.
+    """
+
+    names: tuple[str, ...]
+    out: Tensor
+    in_: Tensor
+    full_rank: Tensor
+    adapter_rank: Tensor
+    rest: int
+    rank_multiple: int = 1
+
+    @classmethod
+    def of(cls, model: nn.Module, *, adapters: bool = True, rank_multiple: int = 1) -> Sizing:
+        """The sizing of a model with `SVDLinear` layers; `adapters=False` leaves them out of every count."""
+        if not isinstance(rank_multiple, int) or rank_multiple < 1:
+            raise ValueError(f"rank_multiple must be an int of at least 1, got {rank_multiple!r}")
+        layers = svd_layers(model)
+        inside = {id(t) for layer in layers.values() for t in layer.state_dict(keep_vars=True).values()}
+        state = model.state_dict(keep_vars=True).values()
+        # A tied matrix occurs twice in the state and once in the file.
+        rest = {id(t): t.numel() for t in state if isinstance(t, Tensor) and id(t) not in inside}
+        biases = sum(layer.bias.numel() for layer in layers.values() if layer.bias is not None)
+
+        def column(values):
+            return torch.tensor(list(values), dtype=torch.int64)
+
+        return cls(
+            tuple(layers),
+            column(layer.out_features for layer in layers.values()),
+            column(layer.in_features for layer in layers.values()),
+            column(layer.full_rank for layer in layers.values()),
+            column(layer.adapter_rank if adapters else 0 for layer in layers.values()),
+            sum(rest.values()) + biases,
+            rank_multiple,
+        )
+
+    @property
+    def dense(self) -> Tensor:
+        """Parameters of every layer's dense weight, int64 `[layers]`."""
+        return self.out * self.in_
+
+    def ranks_stored(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
+        """Ranks with the adapters' and the rounding, for live `ranks` of `layers` (all of them, or their numbers)."""
+        return -(-(ranks + self.adapter_rank[layers]) // self.rank_multiple) * self.rank_multiple
+
+    def parameters(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
+        """Weights stored by each layer at live `ranks`, int64; a layer takes the smaller of its two forms."""
+        factors = self.ranks_stored(ranks, layers) * (self.out + self.in_)[layers]
+        return torch.minimum(factors, self.dense[layers])
+
+    def ratio(self, ranks: Tensor, count: str = "factorized") -> float:
+        """The size ratio at live `ranks` [layers]."""
+        total = int(self.parameters(ranks.cpu()).sum())
+        return (total + self._others(count)) / (int(self.dense.sum()) + self._others(count))
+
+    def ratios(self, ranks: Tensor) -> dict[str, float]:
+        """The size ratio in both counts, by name."""
+        return {count: self.ratio(ranks, count) for count in COUNTS}
+
+    def smallest(self, count: str = "factorized") -> float:
+        """The least size ratio that can be reached: nothing but adapters is left."""
+        return self.ratio(torch.zeros_like(self.full_rank), count)
+
+    def cut(self, scores: dict[str, Tensor], size_ratio: float, count: str = "factorized") -> dict[str, Tensor]:
+        """Which singular values stay at `size_ratio`: `{name: bool [k]}`.
+
+        The fewest lowest-scored entries of the whole model are pruned such that the size ratio is at or below
+        the target. Equal scores are ordered by their place in their own layer, the last (smallest) first, then
+        by layer, so that the choice is the same in any order of storage.
+
+        Raises `ValueError` for a target outside (0, 1] or below `smallest`, and for scores of a wrong shape or
+        that are NaN.
+        """
+        if not isinstance(size_ratio, int | float) or not 0 < size_ratio <= 1:
+            raise ValueError(f"size_ratio is what is left, in (0, 1]; got {size_ratio!r}")
+        flat, layer = self._flatten(scores)
+        # Every entry's place within its layer, from the best.
+        places = torch.empty_like(layer)
+        start = 0
+        for k in self.full_rank.tolist():
+            best_first = flat[start : start + k].sort(descending=True, stable=True).indices
+            places[start : start + k][best_first] = torch.arange(k)
+            start += k
+        # Three stable sorts, the least significant key first: by layer (as they are), place, score.
+        order = places.sort(descending=True, stable=True).indices
+        order = order[flat[order].sort(stable=True).indices]
+
+        # Whichever of a layer's entries goes, its live rank falls by one: from the number that were left before.
+        left_before = places[order] + 1
+        layer = layer[order]
+        saved = self.parameters(left_before, layer) - self.parameters(left_before - 1, layer)
+        total = int(self.parameters(self.full_rank).sum())
+        others = self._others(count)
+        # Integers: the budget is exact, without a rounded ratio between.
+        budget = int(size_ratio * (int(self.dense.sum()) + others) + 1e-6) - others
+        excess = total - budget
+        pruned = 0
+        if excess > 0:
+            cumulative = saved.cumsum(0)
+            pruned = int(torch.searchsorted(cumulative, excess)) + 1
+            if int(cumulative[-1]) < excess:
+                raise ValueError(
+                    f"size_ratio {size_ratio} ({count}) cannot be reached: with nothing left but adapters it is "
+                    f"{self.smallest(count):.4f}; a larger target, or adapters='truncate' or 'drop'"
+                )
+        live = torch.ones_like(flat, dtype=torch.bool)
+        live[order[:pruned]] = False
+        ranks = torch.stack([part.sum() for part in live.split(self.full_rank.tolist())])
+        if self.rank_multiple > 1:
+            # Rounding up is not padding: the best of what was pruned comes back, at no byte more.
+            room = torch.minimum(self.ranks_stored(ranks) - self.adapter_rank, self.full_rank)
+            live = places < room.repeat_interleave(self.full_rank)
+        return dict(zip(self.names, live.split(self.full_rank.tolist()), strict=True))
+
+    def _others(self, count: str) -> int:
+        if count not in COUNTS:
+            raise ValueError(f"count must be one of {', '.join(COUNTS)}, got {count!r}")
+        return self.rest if count == "stored" else 0
+
+    def _flatten(self, scores: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        for name, k in zip(self.names, self.full_rank.tolist(), strict=True):
+            if name not in scores:
+                raise ValueError(f"scores: there are none for {name}")
+            if scores[name].shape != (k,):
+                raise ValueError(f"scores[{name!r}] must be [{k}], got {list(scores[name].shape)}")
+        flat = torch.cat([scores[name].detach().float().cpu() for name in self.names])
+        if bool(flat.isnan().any()):
+            bad = next(name for name in self.names if bool(scores[name].isnan().any()))
+            raise ValueError(f"scores[{bad!r}] holds NaN")
+        return flat, torch.arange(len(self.names)).repeat_interleave(self.full_rank)
+
+
+def live_ranks(layers: dict[str, SVDLinear]) -> Tensor:
+    """How many singular values of each layer are not pruned, int64 `[layers]`, on the CPU."""
+    return torch.stack([layer.live.sum() for layer in layers.values()]).cpu()

@@ -1,0 +1,395 @@
+"""Checkpoints: elastic ones, from which any size loads, and materialized ones, which are plain transformers directories."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..compress.config import CompressionConfig
+from ..compress.factorize import cached_svd, svd_layers
+from ..compress.materialize import Cut, layer_tensors, materialize, plan_cut
+from ..compress.run import CompressionResult
+from ..compress.sizing import Sizing
+from ..nn import SVDLinear
+from ..report import read_history
+from . import quantizer
+from .card import model_card
+from .targets import weight_of
+
+# A name of its own: a loader that looks for model.safetensors stops with an error instead of random weights.
+_ELASTIC = "elastic{suffix}.safetensors"
+_LAYER_TENSORS = ("U", "S", "Vh", "scores", "bias", "lora_A", "lora_B")
+
+
+def save(
+    model_or_result,
+    path: str | os.PathLike,
+    *,
+    tokenizer=None,
+    compact: bool = False,
+    base_model: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a model to the directory `path`, in one step: an interruption or a full disk leaves what was there.
+
+    A `CompressionResult`, or a model with `SVDLinear` layers, becomes an *elastic* checkpoint: factors in the order of
+    their scores, scores, adapters and everything else, so that `load(path, size_ratio=…)` reads just what that size
+    needs. Any other transformers model is written by its own `save_pretrained`, with a model card.
+
+    Args:
+        tokenizer: written along if given.
+        compact: of an elastic checkpoint, only scores and adapters; loading it needs the base model again.
+        base_model: name or directory of the model that was compressed; None for where it was loaded from.
+        overwrite: replace a directory that is not empty.
+        max_shard_size: of one weight file.
+
+    Raises:
+        FileExistsError: `path` is a file, or a directory that is not empty, without `overwrite`.
+        TypeError: not a transformers model.
+        OSError: the disk is full, or cannot be written to.
+    """
+    result = model_or_result if isinstance(model_or_result, CompressionResult) else CompressionResult(model_or_result)
+    model = result.model
+    if not quantizer.is_transformers(model):
+        raise TypeError(f"save takes a transformers model or a CompressionResult, got {type(model).__name__}")
+    elastic = any(hasattr(module, "set_live") for module in model.modules())
+    if compact and not elastic:
+        raise ValueError("compact: a materialized model has no scores to save by themselves")
+    base_model = base_model or model.config._name_or_path or None
+    with files.new_directory(path, overwrite=overwrite) as directory:
+        try:
+            if elastic:
+                _write_elastic(result, directory, compact, base_model, max_shard_size)
+            else:
+                model.save_pretrained(directory, max_shard_size=max_shard_size)
+        except Exception as error:
+            if type(error).__name__ == "SafetensorError":
+                raise OSError(f"cannot write {path}: {error}") from error
+            raise
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        files.write_text(directory / "README.md", model_card(model, result, base_model))
+
+
+def load(
+    path: str | os.PathLike,
+    size_ratio: float | None = None,
+    *,
+    count: str = "factorized",
+    adapters: str = "auto",
+    rank_multiple: int = 1,
+    base_model: str | None = None,
+    svd_cache: str | os.PathLike | None = None,
+    dtype: torch.dtype | str = "auto",
+    device_map=None,
+) -> nn.Module:
+    """A model from a directory that this package wrote, in evaluation mode.
+
+    Args:
+        path: an elastic or a materialized checkpoint, or any other transformers directory.
+        size_ratio: of an elastic checkpoint, the size to load, in (0, 1]: an ordinary model, as `materialize` makes
+            it, of which only the ranks that stay are read. None: the factorized model itself, with `SVDLinear`
+            layers, which `materialize` cuts. A materialized checkpoint has one size, and takes None alone.
+        count, adapters, rank_multiple: as for `materialize`.
+        base_model, svd_cache: for a compact elastic checkpoint, where the base model is now, and a directory that
+            keeps its decompositions.
+        dtype, device_map: as for `from_pretrained`.
+
+    Raises:
+        ValueError: a file that is missing, corrupt or of another kind (file and tensor are named), or arguments
+            that do not fit.
+    """
+    path = pathlib.Path(path)
+    config = _config(path)
+    fields = getattr(config, "quantization_config", None) or {}
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    if fields.get("kind") != "elastic" or fields.get("quant_method") != "acip":
+        if size_ratio is not None:
+            about = f" at {fields['size_ratio']}" if "size_ratio" in fields else ""
+            raise ValueError(
+                f"{path} is not an elastic checkpoint but has one size{about}: "
+                "load it without size_ratio, or cut the elastic checkpoint that it was made from"
+            )
+        return _from_pretrained(path, config, dtype=dtype, device_map=device_map)
+    acip = quantizer.AcipConfig(**fields)
+    options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
+    if getattr(acip, "compact", False):
+        model = _rebuild(path, acip, base_model, svd_cache, dtype, device_map)
+        return model if size_ratio is None else materialize(model, size_ratio, **options)
+    with _Elastic(path, acip) as elastic:
+        if size_ratio is None:
+            state = {f"{name}.{key}": tensor for name in acip.layers for key, tensor in elastic.layer(name).items()}
+            config.quantization_config = quantizer.AcipConfig("factorized", layers=acip.layers).to_dict()
+        else:
+            cut = elastic.cut(size_ratio, **options)
+            state = elastic.materialized(cut)
+            quantizer.describe(config, _ranks(state), size_ratio=size_ratio, count=count, cut=cut)
+        state |= elastic.rest()
+    model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
+    model.config._name_or_path = str(path)
+    return model
+
+
+def load_result(path: str | os.PathLike, **options) -> CompressionResult:
+    """A `CompressionResult` from an elastic checkpoint; `options` as for `load`, without a size."""
+    model = load(path, **options)
+    if not any(hasattr(module, "set_live") for module in model.modules()):
+        raise ValueError(f"{path} is not an elastic checkpoint")
+    fields = files.read_json(pathlib.Path(path) / "config.json")["quantization_config"]
+    config = fields.get("compression")
+    history = pathlib.Path(path) / "history.jsonl"
+    return CompressionResult(
+        model,
+        None if config is None else CompressionConfig.from_dict(config),
+        read_history(history) if history.exists() else [],
+        fields.get("final_size_ratio", 1.0),
+    )
+
+
+# ---- elastic checkpoints
+
+
+def _write_elastic(result: CompressionResult, directory, compact: bool, base_model, max_shard_size: str) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    model, layers = result.model, svd_layers(result.model)
+    if compact and base_model is None:
+        raise ValueError("compact: say which base_model the factors are rebuilt from")
+    tensors, seen = {}, set()
+    for name, layer in layers.items():
+        seen |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
+        kept = {"scores": layer.scores, "S": layer.S}
+        if layer.adapter_rank:
+            kept |= {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
+        if not compact:
+            # Stable, so that equal scores stay in the order of their singular values.
+            order = layer.scores.sort(descending=True, stable=True).indices
+            kept |= {"scores": layer.scores[order], "S": layer.S[order]}
+            kept |= {"U": layer.U[:, order], "Vh": layer.Vh[order]}
+            if layer.bias is not None:
+                kept["bias"] = layer.bias
+        tensors |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
+    if not compact:
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:  # a tied matrix is written once, under its first name
+                seen.add(id(tensor))
+                tensors[name] = tensor
+    save_torch_state_dict(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        directory,
+        filename_pattern=_ELASTIC,
+        max_shard_size=max_shard_size,
+        metadata={"format": "pt"},
+    )
+    acip = quantizer.AcipConfig(
+        "elastic",
+        layers={name: quantizer.svd_layer_options(layer) for name, layer in layers.items()},
+        compact=compact,
+        base_model=base_model,
+        final_size_ratio=result.size_ratio,
+        compression=None if result.config is None else result.config.to_dict(),
+    )
+    fields = model.config.to_dict() | {
+        "architectures": [type(model).__name__],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization_config": acip.to_dict(),
+    }
+    files.write_json(directory / "config.json", fields)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
+    if result.history:
+        lines = (json.dumps(row) + "\n" for row in result.history)
+        files.write_text(directory / "history.jsonl", "".join(lines))
+
+
+class _Elastic:
+    """The tensors of an elastic checkpoint, read as they are asked for."""
+
+    def __init__(self, path: pathlib.Path, acip: quantizer.AcipConfig):
+        self.path, self.layers, self.where = path, acip.layers, {}
+
+    def __enter__(self):
+        with contextlib.ExitStack() as stack:
+            shards = sorted(self.path.glob(_ELASTIC.format(suffix="*")))
+            if not shards:
+                raise ValueError(f"{self.path} holds no {_ELASTIC.format(suffix='')}")
+            for shard in shards:
+                file = stack.enter_context(files.open_tensors(shard))
+                self.where |= dict.fromkeys(file.keys(), (file, shard))
+            index = self.path / (_ELASTIC.format(suffix="") + ".index.json")
+            if index.exists():
+                for name in files.read_json(index)["weight_map"]:
+                    self.shape(name)
+            self.check()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.close()
+
+    def check(self) -> None:
+        """Every layer's tensors are there, with shapes that fit each other, and scores that are numbers in order."""
+        for name, options in self.layers.items():
+            r = options.get("adapter_rank", 0)
+            needed = ("scores", "S", "U", "Vh", *(("lora_A", "lora_B") if r else ()))
+            shapes = {key: self.shape(f"{name}.{key}") for key in needed}
+            k, out, in_ = shapes["scores"], shapes["U"][:1], shapes["Vh"][1:]
+            expected = {"scores": k, "S": k, "U": out + k, "Vh": k + in_, "lora_A": [r, *in_], "lora_B": [*out, r]}
+            for key, shape in shapes.items():
+                if shape != expected[key]:
+                    file = self.where[f"{name}.{key}"][1]
+                    raise ValueError(f"{file}: tensor {name}.{key} is {shape}, where {expected[key]} fits the others")
+        self.scores = {name: self.get(f"{name}.scores") for name in self.layers}
+        for name, scores in self.scores.items():
+            if bool(scores.isnan().any()) or bool((scores[1:] > scores[:-1]).any()):
+                raise ValueError(f"{self.where[f'{name}.scores'][1]}: tensor {name}.scores is not in falling order")
+
+    def shape(self, name: str) -> list[int]:
+        if name not in self.where:
+            raise ValueError(f"{self.path}: tensor {name!r} is missing")
+        return list(self.where[name][0].get_slice(name).get_shape())
+
+    def get(self, name: str) -> Tensor:
+        self.shape(name)
+        return files.read_tensor(*self.where[name], name)
+
+    def layer(self, name: str) -> dict[str, Tensor]:
+        """The state of a layer's `SVDLinear`."""
+        state = {key: self.get(f"{name}.{key}") for key in _LAYER_TENSORS if f"{name}.{key}" in self.where}
+        # A live entry's score is its mask parameter; a pruned one's mask is anything that is not above zero.
+        return state | {"mask": state["scores"].clamp_min(0)}
+
+    def rest(self) -> dict[str, Tensor]:
+        """Everything but the factorized layers."""
+        inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS}
+        return {name: self.get(name) for name in self.where if name not in inside}
+
+    def cut(self, size_ratio: float, *, rank_multiple: int, **options) -> Cut:
+        inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS if key != "bias"}
+        out = torch.tensor([self.shape(f"{name}.U")[0] for name in self.layers])
+        in_ = torch.tensor([self.shape(f"{name}.Vh")[1] for name in self.layers])
+        rest = sum(torch.Size(self.shape(name)).numel() for name in self.where if name not in inside)
+        ranks = torch.tensor([layer.get("adapter_rank", 0) for layer in self.layers.values()])
+        full = torch.tensor([scores.numel() for scores in self.scores.values()])
+        trained = any(r and bool(self.get(f"{name}.lora_B").any()) for name, r in zip(self.layers, ranks.tolist()))
+        with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, rest, rank_multiple)
+        without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
+        return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
+
+    @torch.no_grad()
+    def materialized(self, cut: Cut) -> dict[str, Tensor]:
+        """The state of the factorized layers' ordinary forms; what was pruned is never read."""
+        state = {}
+        for (name, options), rank in zip(self.layers.items(), cut.ranks.tolist(), strict=True):
+            U, Vh = (self.where[f"{name}.{key}"][0].get_slice(f"{name}.{key}") for key in ("U", "Vh"))
+            U, Vh = U[:, :rank], Vh[:rank]
+            r = options.get("adapter_rank", 0) if cut.adapters != "drop" else 0
+            tensors = layer_tensors(
+                U,
+                self.get(f"{name}.S")[:rank],
+                Vh,
+                self.get(f"{name}.lora_A") if r else None,
+                self.get(f"{name}.lora_B") if r else None,
+                options["adapter_alpha"] / r if r else 0.0,
+                dense=cut.is_dense[name],
+                truncate=cut.adapters == "truncate",
+                dtype=U.dtype,
+            )
+            if "weight" in tensors:
+                if options.get("source_type") == "Conv1D":
+                    tensors["weight"] = tensors["weight"].t().contiguous()
+                bias = "bias"
+            else:
+                tensors["weight"] = U.new_empty(0)  # as LowRankLinear has it
+                bias = "U.bias"
+            if f"{name}.bias" in self.where:
+                tensors[bias] = self.get(f"{name}.bias")
+            state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+        return state
+
+
+def _ranks(state: dict[str, Tensor]) -> dict[str, int]:
+    end = ".Vh.weight"
+    return {key.removesuffix(end): tensor.shape[0] for key, tensor in state.items() if key.endswith(end)}
+
+
+@torch.no_grad()
+def _rebuild(path: pathlib.Path, acip: quantizer.AcipConfig, base_model, svd_cache, dtype, device_map) -> nn.Module:
+    """The factorized model of a compact elastic checkpoint, its factors made anew from the base model."""
+    base_model = base_model or getattr(acip, "base_model", None)
+    if not base_model:
+        raise ValueError(f"{path} is compact: give base_model, the model that it was made from")
+    try:
+        model = _from_pretrained(base_model, None, dtype=dtype, device_map=device_map)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} is compact, and its base model cannot be loaded; give base_model: {reason}") from None
+    layers = quantizer.layers_to_replace(model, acip.layers)
+    with _stored(path) as stored:
+        for name, layer in layers.items():
+            bias = None if layer.bias is None else layer.bias.detach()
+            new = SVDLinear(*cached_svd(weight_of(layer).detach(), svd_cache), bias, **acip.layers[name])
+            for key in ("scores", "lora_A", "lora_B")[: 3 if new.adapter_rank else 1]:
+                getattr(new, key).copy_(stored(f"{name}.{key}", getattr(new, key)))
+            new.mask.copy_(new.scores.clamp_min(0))
+            S = stored(f"{name}.S", new.S).to(new.S.device)
+            # A different dtype of the weights moves the singular values by about its rounding, relative to the largest.
+            if not torch.allclose(new.S, S, rtol=0, atol=0.01 * float(S.max())):
+                raise ValueError(f"{path} was made from another model than {base_model}: {name} differs")
+            model.set_submodule(name, new)
+    quantizer.attach_factorized(model)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _stored(path: pathlib.Path):
+    """Yields `get(name, like)`: a tensor of a compact checkpoint, which must have the shape of `like`."""
+    with contextlib.ExitStack() as stack:
+        where = {}
+        for shard in sorted(path.glob(_ELASTIC.format(suffix="*"))):
+            file = stack.enter_context(files.open_tensors(shard))
+            where |= dict.fromkeys(file.keys(), (file, shard))
+
+        def get(name: str, like: Tensor) -> Tensor:
+            if name not in where:
+                raise ValueError(f"{path}: tensor {name!r} is missing")
+            tensor = files.read_tensor(*where[name], name)
+            if tensor.shape != like.shape or bool(tensor.isnan().any()):
+                raise ValueError(
+                    f"{where[name][1]}: tensor {name!r} must be {list(like.shape)} without NaN, got {list(tensor.shape)}"
+                )
+            return tensor
+
+        yield get
+
+
+# ---- transformers
+
+
+def _config(path: pathlib.Path):
+    from transformers import AutoConfig
+
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    if "model_type" not in files.read_json(path / "config.json"):
+        raise ValueError(f"{path / 'config.json'} names no model_type: it is no transformers model")
+    return AutoConfig.from_pretrained(path)
+
+
+def _from_pretrained(path, config, **options) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if path is None:
+        # The auto class wants a path; the class that it would choose does not.
+        return AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(None, config=config, **options)
+    if config is not None:
+        options["config"] = config
+    return AutoModelForCausalLM.from_pretrained(path, **options)
