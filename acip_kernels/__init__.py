@@ -9,8 +9,7 @@ from .compress.scores import score_by_singular_values
 from .models.saving import load, save
 from .nn import LowRankLinear, SVDLinear
 from .ops import lowrank_linear, masked_svd_linear
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "CompressionConfig",
@@ -18,6 +17,7 @@ __all__ = [
     "LowRankLinear",
     "SVDLinear",
     "Sizing",
+    "__version__",
     "compress",
     "factorize",
     "load",

@@ -481,9 +481,7 @@ def _greedy(model, ids, new_tokens, **options):
     """Stock greedy generate from `ids` [1, n]; a chat model's own sampling settings are put aside."""
     no_sampling = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
     mask = torch.ones_like(ids)
-    return model.generate(
-        ids, attention_mask=mask, max_new_tokens=new_tokens, use_cache=True, **no_sampling, **options
-    )
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, use_cache=True, **no_sampling, **options)
 
 
 def _input_device(model):
@@ -518,3 +516,47 @@ def _check_positions(model, name, length):
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(f"{name} ({length}) exceeds the model's max_position_embeddings ({positions})")
+
+
+# ---- one model in a table
+
+
+def table_row(
+    model, method, *, tokens=None, context=1024, stride=None, max_windows=None, directory=None, progress=None
+):
+    """What one model is worth without regard to speed, as a row of `report`'s tables.
+
+    method: the row's name. tokens: a text to take the perplexity on, see `perplexity`; None for none.
+    directory: where its files are, for their size; None for no size.
+
+    Returns a dict: `method`, `size_ratio` (the target, 1.0 for a model that was not cut), `factorized` and `stored`
+    (what it came to, in either count), `parameters`, `file_bytes`, `perplexity`, `flops_per_token`.
+    """
+    fields = getattr(model.config, "quantization_config", None) or {}
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    row = {
+        "method": method,
+        **{key: fields.get(key, 1.0) for key in ("size_ratio", "factorized", "stored")},
+        "parameters": parameter_counts(model)["stored"],
+        "file_bytes": None if directory is None else file_bytes(directory),
+        "perplexity": None,
+        "flops_per_token": flops_per_token(model),
+    }
+    if tokens is not None:
+        options = {"context": context, "stride": stride, "max_windows": max_windows, "progress": progress}
+        row["perplexity"] = perplexity(model, tokens, **options).value
+    return row
+
+
+def with_speed(rows, models, **options):
+    """`rows` with the speeds of `models` (a dict by the rows' positions), measured side by side; see `speed`."""
+    measured = speed(models, **options)
+    rows = [dict(row) for row in rows]
+    for position, one in measured.items():
+        rows[position] |= {
+            "decode_tokens_per_s": one.decode_tokens_per_s,
+            "decode_ratio": one.decode_ratio,
+            "prefill_tokens_per_s": one.prefill_tokens_per_s,
+            "prefill_ratio": one.prefill_ratio,
+        }
+    return rows

@@ -298,9 +298,7 @@ def _annotate(axes, text, point, offset, **style):
 def _perplexity_title(lines, dense, x):
     """The best two methods at the smallest size, e.g. "40 % of the size: perplexity 203 with acip, …"."""
     smallest = min(points[0][0] for points in lines.values())
-    ends = sorted(
-        (points[0][1], method) for method, points in lines.items() if points[0][0] <= 1.05 * smallest
-    )
+    ends = sorted((points[0][1], method) for method, points in lines.items() if points[0][0] <= 1.05 * smallest)
     parts = [f"{_short(value)} with {method}" for value, method in ends[:2]]
     parts += [f"{_short(value)} dense" for value in dense[:1]]
     return f"{_SIZES[x][2].format(smallest)}: perplexity {', '.join(parts)}"
@@ -325,9 +323,7 @@ def plot_ranks(ranks, stem):
         raise ValueError("ranks is empty")
     for name, (live, full) in ranks.items():
         if not 0 <= live <= full or full < 1:
-            raise ValueError(
-                f"ranks[{name!r}] must be (live, full) with 0 <= live <= full, got {(live, full)}"
-            )
+            raise ValueError(f"ranks[{name!r}] must be (live, full) with 0 <= live <= full, got {(live, full)}")
     places = {name: _place(name) for name in ranks}
     layers = sorted({layer for layer, _ in places.values()})
     projections = list(dict.fromkeys(projection for _, projection in places.values()))
@@ -449,9 +445,7 @@ def plot_history(history, stem):
     lambda_axes.set_ylabel("λ (log scale)")
 
     steps, values = _series(rows, "size_ratio")
-    size_axes.plot(
-        steps, [100 * value for value in values], color=_COLOURS[1], linewidth=2, marker=_dot(steps)
-    )
+    size_axes.plot(steps, [100 * value for value in values], color=_COLOURS[1], linewidth=2, marker=_dot(steps))
     if values:
         size_axes.annotate(
             f"{100 * values[-1]:.1f} %",
@@ -487,8 +481,7 @@ def _timeline(history):
     first_tune = min((step for phase, step in latest if phase == "tune"), default=math.inf)
     behind = last_prune + 1 - first_tune if first_tune <= last_prune else 0
     return [
-        {**row, "position": step + (behind if phase == "tune" else 0)}
-        for (phase, step), row in sorted(latest.items())
+        {**row, "position": step + (behind if phase == "tune" else 0)} for (phase, step), row in sorted(latest.items())
     ]
 
 
@@ -521,9 +514,7 @@ def _mark_phases(panels, phases):
     for name, start, stop, rows in (("prune", left, border, prune), ("tune", border, right, tune)):
         if rows:
             above = panels[0].get_xaxis_transform()
-            panels[0].text(
-                (start + stop) / 2, 1.02, name, transform=above, ha="center", color=_GREY, style="italic"
-            )
+            panels[0].text((start + stop) / 2, 1.02, name, transform=above, ha="center", color=_GREY, style="italic")
 
 
 def _history_title(phases, medians):

@@ -8,7 +8,7 @@ import math
 import torch
 
 # Steps of a run whose λ and learning rate are the reference's; shorter runs keep the shape of that one.
-REFERENCE_STEPS = 1600
+REFERENCE_STEPS = 2400
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 
@@ -85,7 +85,9 @@ class CompressionConfig:
             ("stop_ratio", self.stop_ratio, 0, 1),
         ):
             if not low < value <= high or math.isinf(value):
-                raise ValueError(f"{name} must be above {low}{'' if high == math.inf else f' and at most {high}'}, got {value}")
+                raise ValueError(
+                    f"{name} must be above {low}{'' if high == math.inf else f' and at most {high}'}, got {value}"
+                )
         for name, value, low in (
             ("adapter_rank", self.adapter_rank, 0),
             ("lambda_every", self.lambda_every, 1),

@@ -32,7 +32,9 @@ class RunProgress:
     def decomposing(self):
         """Yields `progress(done, total)` for the singular value decompositions."""
         task = self.progress.add_task("SVD", total=None, about="")
-        yield lambda done, total: self.progress.update(task, completed=done, total=total, about=f"{done}/{total} layers")
+        yield lambda done, total: self.progress.update(
+            task, completed=done, total=total, about=f"{done}/{total} layers"
+        )
 
     def start(self, run) -> None:
         self.prune = self.progress.add_task("prune", total=1, about="")

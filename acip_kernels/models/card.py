@@ -40,7 +40,9 @@ def model_card(model: nn.Module, result, base_model: str | None) -> str:
             'model = AutoModelForCausalLM.from_pretrained("this directory")',
             "```",
         ]
-    rows = [(f"size ratio, {count} count", f"{fields[count]:.4f}") for count in ("factorized", "stored") if count in fields]
+    rows = [
+        (f"size ratio, {count} count", f"{fields[count]:.4f}") for count in ("factorized", "stored") if count in fields
+    ]
     if "adapters" in fields:
         rows.append(("adapters", fields["adapters"]))
     if fields.get("ranks"):

@@ -193,7 +193,9 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.detach()
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if not math.isfinite(exact.abs().sum()) and not torch.isfinite(exact).all():
-        raise ValueError(f"svd: weight {list(weight.shape)} holds {int((~exact.isfinite()).sum())} NaN or infinite values")
+        raise ValueError(
+            f"svd: weight {list(weight.shape)} holds {int((~exact.isfinite()).sum())} NaN or infinite values"
+        )
     try:
         U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
     except torch.linalg.LinAlgError:

@@ -62,8 +62,9 @@ def check_factors(operator: str, x: Tensor, Vh: Tensor, U: Tensor, bias: Tensor 
         if tensor.shape != (rank,):
             raise ValueError(f"{operator}: {name} must be [{rank}], got shape {list(tensor.shape)}")
         # Singular values and masks act after the rounding of z; a lower precision than float32 would lose mask steps.
-        if tensor.dtype != torch.promote_types(x.dtype, torch.float32) and tensor.dtype != x.dtype:
-            raise TypeError(f"{operator}: {name} must be float32 or x's dtype {x.dtype}, got {tensor.dtype}")
+        precise = torch.promote_types(x.dtype, torch.float32)
+        if tensor.dtype not in (precise, x.dtype):
+            raise TypeError(f"{operator}: {name} must be {precise} or x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"{operator}: bias must be [{out_features}], got shape {list(bias.shape)}")
     for name in ("Vh", "U", "bias"):
@@ -73,14 +74,15 @@ def check_factors(operator: str, x: Tensor, Vh: Tensor, U: Tensor, bias: Tensor 
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """`x` and `tensors` in autocast's dtype where autocast is on, as `torch.nn.functional.linear` would take them."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    # What is no tensor passes through: `check_factors` names it. The meta device knows no autocast and would raise.
+    device = x.device.type if isinstance(x, Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
         # Autocast leaves float64 alone, so that a gradient check under it stays exact.
-        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(dtype)
 

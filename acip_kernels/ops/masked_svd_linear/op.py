@@ -51,8 +51,11 @@ def masked_svd_linear(
     common.choose_backend(OPERATOR, backend, BACKENDS)
     x, Vh, U, bias = common.autocast(x, Vh, U, bias)
     common.check_factors(OPERATOR, x, Vh, U, bias, S=S, mask=mask)
-    if S.dtype != mask.dtype:
-        raise TypeError(f"{OPERATOR}: S is {S.dtype} but mask is {mask.dtype}; both must be float32 (or float64)")
+    precise = torch.promote_types(x.dtype, torch.float32)
+    for name, tensor in (("S", S), ("mask", mask)):
+        # In bfloat16 the mask's steps would be lost without a word.
+        if tensor.dtype != precise:
+            raise TypeError(f"{OPERATOR}: {name} must be {precise} as x is {x.dtype}, got {tensor.dtype}")
     if not mask_scale > 0:
         raise ValueError(f"{OPERATOR}: mask_scale must be positive, got {mask_scale}")
     if torch.is_grad_enabled():

@@ -1,0 +1,562 @@
+"""The `acip` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+import pathlib
+import types
+import typing
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+app = typer.Typer(
+    name="acip",
+    help="Compress a language model to any size in one gradient run, and run it faster than the dense one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+# What people read goes to stderr, so that stdout is the result alone.
+console = Console(stderr=True)
+
+# Errors whose message is for the user; anything else is a bug, and shows where.
+_MISTAKES = (ValueError, TypeError, RuntimeError, OSError, FloatingPointError)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        "-d",
+        help="Text: a file (.txt, .json, .jsonl, .csv, .parquet), a directory, wikipedia-demo, wikitext2, c4, "
+        "or the name of a hub dataset.",
+    ),
+]
+Column = Annotated[str, typer.Option(help="The column of a table that holds the text.")]
+Dtype = Annotated[str, typer.Option(help="auto (bfloat16 where the device is fast at it), bfloat16, float32, float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 …")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there already.")]
+Count = Annotated[
+    str,
+    typer.Option(help="What size ratios count: factorized (the factorized layers) or stored (the whole file)."),
+]
+Adapters = Annotated[
+    str, typer.Option(help="What becomes of the adapters: auto, merge (exactly, as more ranks), truncate or drop.")
+]
+
+
+def main():
+    """The console script: every mistake of the user becomes one line, and exit status 1."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    try:
+        app()
+    except KeyboardInterrupt as stop:
+        console.print(f"[yellow]{stop or 'stopped'}[/]", highlight=False)
+        raise SystemExit(130) from None
+    except _MISTAKES as error:
+        console.print("error:", style="bold red", end=" ")
+        console.print(str(error) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+_CONFIG_HELP = {
+    "targets": "What to factorize: all-linear, or a regular expression over the layers' names.",
+    "exclude": "Names, or last parts of names, of layers to leave as they are (repeatable).",
+    "mask_scale": "Start value of every mask parameter.",
+    "adapter_rank": "Rank of the LoRA adapters beside the factors; 0 for none.",
+    "adapter_alpha": "Their α: the adapter counts α/rank.",
+    "adapter_dropout": "Dropout on the adapters' input.",
+    "mask_learning_rate": "AdamW's learning rate for the masks.",
+    "adapter_learning_rate": "AdamW's learning rate for the adapters.",
+    "betas": "AdamW's betas.",
+    "eps": "AdamW's epsilon.",
+    "lambda_start": "The l1 penalty λ on the masks, at the start.",
+    "lambda_growth": "Factor by which λ grows …",
+    "lambda_every": "… every so many steps.",
+    "stop_ratio": "Prune until this much of the factorized layers is left.",
+    "max_prune_steps": "At this step, cut what is still above the stop ratio at once.",
+    "tune_steps": "Steps that tune the adapters after pruning.",
+    "tune_learning_rate": "Their learning rate, if not the adapters'.",
+    "dtype": "Of the model and its factors: auto, bfloat16, float32.",
+    "gradient_accumulation": "Batches a step.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "compact_every": "Steps between two checks whether pruned ranks can be left out; 0 for never.",
+    "checkpoint_seconds": "Seconds between two checkpoints of the run.",
+    "seed": "Of adapters, dropout and the order of the data.",
+}
+
+
+def _with_config_options(command):
+    """Give `command` an option for every field of `CompressionConfig`; they arrive in its `config` dict."""
+    from .compress.config import CompressionConfig
+
+    parameters = dict(inspect.signature(command).parameters)
+    hints = typing.get_type_hints(command, include_extras=True)
+    del parameters["config"]
+    shown = {}
+    for name, parameter in parameters.items():
+        shown[name] = parameter.replace(annotation=hints[name])
+    field_types = typing.get_type_hints(CompressionConfig)
+    for field in dataclasses.fields(CompressionConfig):
+        kind = field_types[field.name]
+        # Of `str | tuple[str, …]` a command line has the string, of `T | None` the T.
+        union = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        kind = next(
+            one for one in union if one is not type(None) and typing.get_origin(one) is not tuple or len(union) == 1
+        )
+        if field.name == "exclude":
+            kind = list[str]
+        default = "" if field.default in (None, ()) else f" [default: {field.default}]"
+        option = typer.Option(help=_CONFIG_HELP[field.name] + default, rich_help_panel="The run", show_default=False)
+        shown[field.name] = inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[kind | None, option],
+        )
+    names = {field.name for field in dataclasses.fields(CompressionConfig)}
+
+    def wrapped(**options):
+        config = {name: options.pop(name) for name in names}
+        # A list that was not given arrives empty.
+        return command(**options, config={name: value for name, value in config.items() if value not in (None, [])})
+
+    wrapped.__signature__ = inspect.Signature(list(shown.values()))
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in shown.items()}
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+@app.command()
+@_with_config_options
+def compress(
+    model: Annotated[str, typer.Argument(help="Name on the hub, or directory, of a transformers model.")],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for the run and its result.")],
+    data: Data = "c4",
+    column: Column = "text",
+    steps: Annotated[
+        int | None,
+        typer.Option(help="A short run: reach the stop ratio in so many steps. Without it, the reference's schedule."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
+    compact: Annotated[bool, typer.Option("--compact", help="Save scores and adapters only.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+    *,
+    config,
+):
+    """Compress MODEL in one run. The result, an elastic checkpoint, holds every size.
+
+    Example: `acip compress HuggingFaceTB/SmolLM2-135M --data wikitext2 --steps 400 --stop-ratio 0.4 -o runs/smol`
+
+    Then: `acip materialize runs/smol/elastic --size-ratio 0.6 -o smol-60`
+    """
+    from . import data as texts
+    from . import report
+    from .compress import CompressionConfig
+    from .compress import compress as run
+
+    if steps is None:
+        settings = CompressionConfig(**config)
+    else:
+        settings = CompressionConfig.short(steps, **config)
+    loaded, tokenizer = _load(model, device, settings.dtype)
+    tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
+    batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=settings.seed)
+    result = run(
+        loaded, batches, settings, output=output, resume=resume, svd_cache=texts.svd_cache(model), progress=not as_json
+    )
+    target = output / "elastic"
+    result.save(target, compact=compact, tokenizer=tokenizer, base_model=model, overwrite=True)
+    plots = [*report.plot_history(result.history, output / "plots" / "history")]
+    plots += report.plot_ranks(_ranks(result.cut(settings.stop_ratio)), output / "plots" / "ranks")
+    _print(
+        {
+            "elastic": str(target),
+            "history": str(output / "history.jsonl"),
+            "plots": [str(plot) for plot in plots],
+            "steps": len(result.history),
+            "size_ratio": result.size_ratio,
+            "smallest_with_adapters": result.cut(1.0, adapters="merge").sizing.smallest(),
+        },
+        as_json,
+    )
+
+
+@app.command()
+def materialize(
+    elastic: Annotated[pathlib.Path, typer.Argument(help="An elastic checkpoint, as `acip compress` writes it.")],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for the new model.")],
+    size_ratio: Annotated[float, typer.Option("--size-ratio", "-s", help="What is left, in (0, 1].")],
+    count: Count = "factorized",
+    adapters: Adapters = "auto",
+    rank_multiple: Annotated[int, typer.Option(help="Round stored ranks up to a multiple of this.")] = 1,
+    dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the checkpoint's own.")] = "auto",
+    base_model: Annotated[
+        str | None, typer.Option(help="Of a compact checkpoint: where its base model is now.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+):
+    """Cut an ordinary model of any size from an elastic checkpoint, in seconds.
+
+    Example: `acip materialize runs/smol/elastic --size-ratio 0.6 -o smol-60`
+    """
+    from . import data as texts
+    from . import load, save
+
+    model = load(
+        elastic,
+        size_ratio,
+        count=count,
+        adapters=adapters,
+        rank_multiple=rank_multiple,
+        dtype=dtype,
+        base_model=base_model,
+        svd_cache=texts.svd_cache(base_model or elastic),
+    )
+    save(model, output, tokenizer=_tokenizer(elastic), overwrite=overwrite)
+    _print({"model": str(output), **_about(model, output)}, as_json)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Directories or hub names; the first is what speeds compare with.")
+    ],
+    size_ratio: Annotated[
+        list[float] | None,
+        typer.Option("--size-ratio", "-s", help="Sizes to cut from an elastic checkpoint (repeatable)."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Text for the perplexity; see `compress --help`.")
+    ] = None,
+    column: Column = "text",
+    context: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    stride: Annotated[int | None, typer.Option(help="Tokens between two windows; the context if not given.")] = None,
+    max_windows: Annotated[int | None, typer.Option(help="Take this many windows, spread over the text.")] = None,
+    speed: Annotated[bool, typer.Option(help="Measure decode and prefill speed, side by side.")] = True,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode for the speed.")] = 32,
+    prefill_tokens: Annotated[int, typer.Option(help="Tokens of the prefill for the speed.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement.")] = 3,
+    prompt: Annotated[list[str] | None, typer.Option(help="Show a greedy continuation of this (repeatable).")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="LM-Eval task (repeatable); paper for the paper's seven.")
+    ] = None,
+    include_path: Annotated[
+        pathlib.Path | None, typer.Option(help="Directory of LM-Eval task files of your own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples a task at most.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option("--output", "-o", help="Write the result to this JSON file too, for `acip plot`."),
+    ] = None,
+    as_json: Json = False,
+):
+    """Perplexity, size, speed, FLOPs, memory, samples and task accuracies of models side by side.
+
+    Example: `acip evaluate runs/smol/elastic -s 1.0 -s 0.6 --data wikitext2 --prompt "The capital of France is"`
+
+    Example: `acip evaluate HuggingFaceTB/SmolLM2-135M smol-60 --task piqa --task arc_easy --json`
+    """
+    from . import data as texts
+    from . import evaluate as measure
+    from . import files, report
+
+    loaded, tokenizer = {}, None
+    for name in models:
+        for ratio in size_ratio if size_ratio and _is_elastic(name) else [None]:
+            label = (
+                pathlib.Path(name.rstrip("/")).name if ratio is None else f"{pathlib.Path(name).parent.name} {ratio:g}"
+            )
+            while label in loaded:
+                label += "'"
+            loaded[label], tokenizer = _load(name, device, dtype, ratio)
+    if size_ratio and not any(_is_elastic(name) for name in models):
+        raise ValueError("--size-ratio cuts elastic checkpoints, and none of the models is one")
+    tokens = None if data is None else texts.tokenize(tokenizer, texts.read_texts(data, column=column))
+    rows = []
+    for label, model in loaded.items():
+        directory = pathlib.Path(model.config._name_or_path)
+        own_files = directory if directory.is_dir() and list(directory.glob("model*.safetensors")) else None
+        with console.status(f"{label} …"):
+            windows = {"context": context, "stride": stride, "max_windows": max_windows}
+            rows.append(measure.table_row(model, label, tokens=tokens, directory=own_files, **windows))
+            rows[-1]["parameter_counts"] = measure.parameter_counts(model)
+            if prompt:
+                rows[-1]["samples"] = measure.generate_samples(model, tokenizer, prompt)
+            if task:
+                names = [each for one in task for each in (measure.PAPER_TASKS if one == "paper" else [one])]
+                rows[-1]["tasks"] = measure.tasks(model, tokenizer, names, include_path=include_path, limit=limit)
+    if speed:
+        with console.status("speed …"):
+            options = {"new_tokens": new_tokens, "prefill_tokens": prefill_tokens, "rounds": rounds}
+            rows = measure.with_speed(rows, dict(enumerate(loaded.values())), **options)
+    where = next(iter(loaded.values())).device
+    result = {
+        "device": report.device_description(where),
+        "perplexity_on": None if data is None else {"data": data, "context": context, "stride": stride or context},
+        "peak_memory_bytes": measure.peak_memory_bytes(where),
+        "rows": rows,
+    }
+    if output is not None:
+        files.write_json(output, result)
+    if as_json:
+        _print(result, True)
+        return
+    console.print(report.rich_table(rows))
+    console.print(
+        f"{result['device']['device']}, {next(iter(loaded.values())).dtype}, "
+        f"peak memory of this process {result['peak_memory_bytes'] / 1e9:.2f} GB"
+    )
+    for row in rows:
+        for text, sample in zip(prompt or [], row.get("samples", []), strict=True):
+            console.print(f"\n[bold]{row['method']}[/]: [dim]{text}[/]{sample}", highlight=False)
+        for name, metrics in row.get("tasks", {}).items():
+            console.print(f"[bold]{row['method']}[/] {name}: {metrics}")
+
+
+@app.command()
+def info(
+    path: Annotated[
+        pathlib.Path | None, typer.Argument(help="A checkpoint of any kind; without it, what runs here.")
+    ] = None,
+    as_json: Json = False,
+):
+    """What a checkpoint is: kind, sizes, ranks. Without one: versions, device, backends.
+
+    Example: `acip info runs/smol/elastic`
+    """
+    from . import __version__, files, report
+    from .ops import lowrank_linear, masked_svd_linear
+
+    if path is None:
+        operators = {"lowrank_linear": lowrank_linear, "masked_svd_linear": masked_svd_linear}
+        backends = {name: sorted(inspect.getmodule(function).BACKENDS) for name, function in operators.items()}
+        _print({"acip_kernels": __version__, **report.device_description(), "backends": backends}, as_json)
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    fields = files.read_json(path / "config.json")
+    acip = fields.get("quantization_config", {})
+    about = {"path": str(path), "model_type": fields.get("model_type"), "kind": "dense"}
+    if acip.get("quant_method") == "acip":
+        about["kind"] = acip["kind"]
+    if about["kind"] == "elastic":
+        from .compress.run import CompressionResult
+
+        result = CompressionResult.load(path)
+        about |= {"compact": acip.get("compact", False), "run_ended_at": result.size_ratio}
+        about["layers"] = len(acip["layers"])
+        sizes = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+        cuts = {size: result.cut(size) for size in sizes}
+        about["sizes"] = {
+            f"{size:g}": {**cut.ratios, "parameters": cut.parameters, "adapters": cut.adapters}
+            for size, cut in cuts.items()
+        }
+    elif about["kind"] == "materialized":
+        about |= {key: acip[key] for key in ("size_ratio", "count", "factorized", "stored", "adapters") if key in acip}
+        about["low_rank_layers"] = len(acip["ranks"])
+        about["ranks"] = acip["ranks"]
+    weights = list(path.glob("*.safetensors"))
+    about["file_bytes"] = sum(file.stat().st_size for file in weights)
+    _print(about, as_json)
+
+
+@app.command()
+def plot(
+    source: Annotated[
+        pathlib.Path,
+        typer.Argument(
+            help="A run's directory, an elastic or materialized checkpoint, or a JSON file of `evaluate -o`."
+        ),
+    ],
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option("--output", "-o", help="Directory for the plots; `plots` in SOURCE if not given."),
+    ] = None,
+    size_ratio: Annotated[
+        float | None, typer.Option("--size-ratio", "-s", help="Size of the heat map of ranks.")
+    ] = None,
+    x: Annotated[str, typer.Option(help="Perplexity against: stored, factorized or file_bytes.")] = "stored",
+    as_json: Json = False,
+):
+    """Plots (PNG and SVG): loss, λ and size over the run; ranks left per layer; perplexity against size.
+
+    Example: `acip plot runs/smol`
+    """
+    from . import files, report
+
+    if source.is_file():
+        target = output or source.parent / "plots"
+        written = report.plot_perplexity(files.read_json(source)["rows"], target / f"perplexity-{x}", x=x)
+    elif source.is_dir():
+        target, written = output or source / "plots", ()
+        histories = [file for file in (source / "history.jsonl", source.parent / "history.jsonl") if file.exists()]
+        if histories:
+            written += report.plot_history(report.read_history(histories[0]), target / "history")
+        checkpoint = source / "elastic" if (source / "elastic").is_dir() else source
+        if _is_elastic(checkpoint):
+            from .compress.run import CompressionResult
+
+            result = CompressionResult.load(checkpoint)
+            ratio = size_ratio or (result.config.stop_ratio if result.config else 0.5)
+            written += report.plot_ranks(_ranks(result.cut(ratio)), target / f"ranks-{ratio:g}")
+        elif (checkpoint / "config.json").exists():
+            acip = files.read_json(checkpoint / "config.json").get("quantization_config", {})
+            if acip.get("ranks"):
+                written += report.plot_ranks(_stored_ranks(checkpoint, acip["ranks"]), target / "ranks")
+    else:
+        raise ValueError(f"{source} does not exist")
+    if not written:
+        raise ValueError(f"{source} holds nothing to plot: no history.jsonl, no checkpoint of this package")
+    _print({"plots": [str(path) for path in written]}, as_json)
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Hub name or directory; SmolLM2-135M if not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text, see `compress --help`; Wikipedia articles if not given.")
+    ] = None,
+    output: Annotated[
+        pathlib.Path, typer.Option("--output", "-o", help="Directory for models, log and plots.")
+    ] = pathlib.Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(help="Pruning steps; as many as fit the time if not given.")] = None,
+    minutes: Annotated[float, typer.Option(help="Time that the whole demo may take.")] = 10.0,
+    cache: Annotated[pathlib.Path | None, typer.Option(help="Where what is fetched is kept.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+):
+    """From nothing to a compressed model, its price at every size, and plots: one command, some minutes.
+
+    Example: `acip demo`
+
+    Example: `acip demo --model Qwen/Qwen2.5-0.5B --data wikitext2 --minutes 60 -o runs/qwen`
+    """
+    from .demo import run_demo
+
+    summary = run_demo(
+        model=model,
+        data=data,
+        output=output,
+        steps=steps,
+        minutes=minutes,
+        cache=cache,
+        device=_device(device),
+        dtype=dtype,
+        console=console,
+    )
+    if as_json:
+        _print(summary, True)
+
+
+# ---- shared
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _load(name: str, device: str, dtype: str, size_ratio: float | None = None):
+    """`(model on the device, tokenizer)` of a hub name or a directory of any kind."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from . import load
+    from .compress.config import compute_dtype
+
+    where = torch.device(_device(device))
+    options = {"dtype": compute_dtype(dtype, where)}
+    if pathlib.Path(name).is_dir():
+        model = load(name, size_ratio, **options)
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, **options)
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{name} is neither a directory nor a model that can be fetched: {reason}") from None
+    return model.to(where), _tokenizer(name)
+
+
+def _tokenizer(name):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        raise ValueError(f"{name} holds no tokenizer: copy its files there, or name the model that has it") from None
+
+
+def _is_elastic(path) -> bool:
+    from . import files
+
+    file = pathlib.Path(path) / "config.json"
+    return file.exists() and files.read_json(file).get("quantization_config", {}).get("kind") == "elastic"
+
+
+def _ranks(cut) -> dict[str, tuple[int, int]]:
+    return {name: (int(live.sum()), live.numel()) for name, live in cut.live.items()}
+
+
+def _stored_ranks(path, ranks: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """Ranks of a materialized checkpoint beside what they could be, from the shapes in its files."""
+    from . import files
+
+    full = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with files.open_tensors(file) as tensors:
+            for name in ranks:
+                if f"{name}.U.weight" in tensors.keys():
+                    out = tensors.get_slice(f"{name}.U.weight").get_shape()[0]
+                    full[name] = min(out, tensors.get_slice(f"{name}.Vh.weight").get_shape()[1])
+    return {name: (rank, full[name]) for name, rank in ranks.items()}
+
+
+def _about(model, directory) -> dict:
+    from . import evaluate as measure
+
+    row = measure.table_row(model, "materialized", directory=directory)
+    return {
+        key: row[key] for key in ("size_ratio", "factorized", "stored", "parameters", "file_bytes", "flops_per_token")
+    }
+
+
+def _print(result: dict, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in result.items():
+        if isinstance(value, dict):
+            value = "\n".join(f"{name}: {_short(one)}" for name, one in list(value.items())[:16])
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value))
+        table.add_row(f"[bold]{key}[/]", _short(value))
+    Console().print(table)
+
+
+def _short(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    return str(value)

@@ -1,0 +1,212 @@
+"""The demo: a real model, compressed, measured at every size, and drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import time
+
+import torch
+
+from . import data as texts
+from . import evaluate, files, report
+from .compress import CompressionConfig, compress, materialize
+from .compress.config import compute_dtype
+from .compress.factorize import svd_layers
+from .compress.scores import score_by_singular_values
+from .models.saving import save
+
+SIZES = (1.0, 0.8, 0.6, 0.4)
+PROMPTS = ("The capital of France is", "Photosynthesis is the process by which", "In 1969, the first people")
+# Articles of the demo's text that are held out for the perplexity.
+HELD_OUT = 20
+# With these windows the dense SmolLM2-135M has 16.7.
+CONTEXT, WINDOWS = 1024, 16
+BATCH, LENGTH = 1, 512
+
+
+def run_demo(
+    *, model=None, data=None, output, steps=None, minutes=10.0, cache=None, device="cpu", dtype="auto", console
+) -> dict:
+    """Compress a model, write it at every size of `SIZES`, and compare the sizes with each other and with plain SVD.
+
+    model: hub name or directory; None for SmolLM2-135M. data: what `data.read_texts` takes; None for Wikipedia
+    articles. steps: pruning steps; None for as many as fit into `minutes`, by the speed of the first ones.
+
+    An interrupted demo goes on where it was. Returns the summary that it also writes to `output/summary.json`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    started = time.monotonic()
+    output = pathlib.Path(output)
+    with _phase(console, "Model and text"):
+        source = model or str(texts.demo_model(cache, log=console.print))
+        articles = texts.demo_texts(cache, log=console.print) if data is None else texts.read_texts(data)
+        where = torch.device(device)
+        wanted = compute_dtype(dtype, where)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        dense = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval()
+        # The file is written in the dtype that the model came in, whatever is fast to compute with here.
+        stored_dtype = _checkpoint_dtype(source) or wanted
+        training, test = _split(tokenizer, articles)
+    about_model = model or "SmolLM2-135M-Instruct"
+    console.print(
+        f"{about_model}: {sum(p.numel() for p in dense.parameters()) / 1e6:.1f} M parameters, {wanted} on {where}"
+    )
+
+    context = min(CONTEXT, getattr(dense.config.get_text_config(), "max_position_embeddings", CONTEXT))
+    windows = {"context": context, "max_windows": WINDOWS}
+    rows = []
+    with _counting(console, "Perplexity of the dense model") as progress:
+        window_seconds = time.monotonic()
+        rows.append(evaluate.table_row(dense, "dense", tokens=test, progress=progress, **windows))
+        window_seconds = (time.monotonic() - window_seconds) / WINDOWS
+    with _phase(console, "Size of the dense model"):
+        rows[0]["file_bytes"] = _bytes_of(dense, stored_dtype)
+    samples = {"dense": evaluate.generate_samples(dense, tokenizer, PROMPTS)}
+
+    batches = texts.Batches(training, batch_size=BATCH, length=min(LENGTH, context))
+    resume = (output / "run.json").exists()
+    if resume:
+        steps = files.read_json(output / "run.json")["steps"]
+    elif steps is None:
+        with _phase(console, "Timing a step"):
+            left = 60 * minutes - (time.monotonic() - started) - _seconds_afterwards(window_seconds)
+            steps = _fitting_steps(dense, batches, left)
+    # Few steps see every text once at most: nothing to overfit, so no dropout.
+    config = CompressionConfig.short(steps, 0.3, dtype=str(wanted).removeprefix("torch."), adapter_dropout=0.0)
+    files.write_json(output / "run.json", {"steps": steps, "model": about_model, "config": config.to_dict()})
+    console.print(f"Compressing in {steps} + {config.tune_steps} steps of {batches.tokens_per_batch} tokens")
+    result = compress(dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source, cache))
+    result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
+
+    models = {}
+    for size in SIZES:
+        name = f"acip-{size:g}"
+        with _counting(console, f"ACIP at {size:g}") as progress:
+            cut = materialize(result, size)
+            save(_as(cut, stored_dtype), output / name, tokenizer=tokenizer, base_model=source, overwrite=True)
+            cut.to(wanted)
+            rows.append(
+                evaluate.table_row(cut, "acip", tokens=test, directory=output / name, progress=progress, **windows)
+            )
+            samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS)
+            models[len(rows) - 1] = cut
+    cuts = {size: result.cut(size) for size in SIZES[1:]}
+    with _plain_svd(result.model):
+        for size in SIZES[1:]:
+            with _counting(console, f"Plain SVD at {size:g}") as progress:
+                cut = materialize(result, size, adapters="drop")
+                rows.append(evaluate.table_row(cut, "svd", tokens=test, progress=progress, **windows))
+                rows[-1]["file_bytes"] = _bytes_of(cut, stored_dtype)
+    del result, dense
+    with _phase(console, "Speed of all sizes side by side"):
+        models = {0: AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where), **models}
+        rows = evaluate.with_speed(rows, models, prefill_tokens=min(512, context), input_ids=test)
+
+    for row in rows:
+        if row["method"] == "dense":
+            row["stored"] = row["factorized"] = 1.0
+    plots = [
+        *report.plot_perplexity(rows, output / "plots" / "perplexity", x="stored"),
+        *report.plot_history(report.read_history(output / "history.jsonl"), output / "plots" / "history"),
+    ]
+    for size, cut in cuts.items():
+        ranks = {name: (int(live.sum()), live.numel()) for name, live in cut.live.items()}
+        plots += report.plot_ranks(ranks, output / "plots" / f"ranks-{size:g}")
+    summary = {
+        "model": about_model,
+        "data": data or "wikipedia-demo",
+        "device": report.device_description(where) | {"dtype": str(wanted).removeprefix("torch.")},
+        "run": {
+            "steps": steps,
+            "tune_steps": config.tune_steps,
+            "tokens": (steps + config.tune_steps) * batches.tokens_per_batch,
+        },
+        "perplexity_on": {"tokens": test.numel(), "context": context, "windows": WINDOWS},
+        "rows": rows,
+        "prompts": list(PROMPTS),
+        "samples": samples,
+        "plots": [str(path) for path in plots],
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_bytes": evaluate.peak_memory_bytes(where),
+    }
+    files.write_json(output / "summary.json", summary)
+    console.print(report.rich_table(rows))
+    console.print(
+        f"{summary['seconds'] / 60:.1f} minutes, peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB. "
+        f"Models, log and plots are in {output}"
+    )
+    return summary
+
+
+def _split(tokenizer, articles) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to train on, and held-out ones: the last articles, or the last tenth of a single text."""
+    held_out = min(HELD_OUT, len(articles) // 5)
+    if held_out:
+        return texts.tokenize(tokenizer, articles[:-held_out]), texts.tokenize(tokenizer, articles[-held_out:])
+    tokens = texts.tokenize(tokenizer, articles)
+    return tokens[: -tokens.numel() // 10], tokens[-tokens.numel() // 10 :]
+
+
+def _checkpoint_dtype(source) -> torch.dtype | None:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source).dtype
+
+
+def _seconds_afterwards(window_seconds: float) -> float:
+    """About how long all that follows the run takes: the evaluation of seven models, and the speeds of five."""
+    return 7 * WINDOWS * 0.85 * window_seconds + 30 * window_seconds + 40
+
+
+def _fitting_steps(model, batches, seconds: float) -> int:
+    """How many pruning steps fit into `seconds`, going by a forward and a backward pass through the dense model."""
+    batch = next(iter(batches))["input_ids"].to(model.device)
+    times = []
+    for _ in range(3):
+        start = time.monotonic()
+        model(input_ids=batch, labels=batch).loss.backward()
+        model.zero_grad(set_to_none=True)
+        times.append(time.monotonic() - start)
+    # A full-rank ACIP step costs about as much; pruned ranks make it cheaper, and tuning adds a quarter of the steps.
+    return max(16, min(400, int(seconds / (1.25 * 0.9 * min(times)))))
+
+
+def _as(model, dtype):
+    model.to(dtype)
+    return model
+
+
+def _bytes_of(model, dtype) -> int:
+    """Bytes of the safetensors file of `model` in `dtype`: its tensors, as a tied one is stored once."""
+    state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
+    return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in state.values())
+
+
+@contextlib.contextmanager
+def _plain_svd(model):
+    """While it lasts, the scores are the singular values."""
+    before = {name: layer.scores.clone() for name, layer in svd_layers(model).items()}
+    score_by_singular_values(model)
+    try:
+        yield
+    finally:
+        for name, layer in svd_layers(model).items():
+            layer.scores.copy_(before[name])
+
+
+@contextlib.contextmanager
+def _phase(console, name: str):
+    with console.status(f"{name} …"):
+        yield
+
+
+@contextlib.contextmanager
+def _counting(console, name: str):
+    """A bar over the windows of one evaluation; yields `progress(done, total)`."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
