@@ -71,6 +71,8 @@ def main():
 _CONFIG_HELP = {
     "targets": "What to factorize: all-linear, or a regular expression over the layers' names.",
     "exclude": "Names, or last parts of names, of layers to leave as they are (repeatable).",
+    "basis": "Decompose by the weights alone, or by what the activations make of them.",
+    "calibration_batches": "Batches that the activations are taken from.",
     "mask_scale": "Start value of every mask parameter.",
     "adapter_rank": "Rank of the LoRA adapters beside the factors; 0 for none.",
     "adapter_alpha": "Their α: the adapter counts α/rank.",
@@ -111,7 +113,7 @@ def _with_config_options(command):
         # Of `str | tuple[str, …]` a command line has the string, of `T | None` the T.
         union = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         kind = next(
-            one for one in union if one is not type(None) and typing.get_origin(one) is not tuple or len(union) == 1
+            one for one in union if (one is not type(None) and typing.get_origin(one) is not tuple) or len(union) == 1
         )
         if field.name == "exclude":
             kind = list[str]
@@ -167,10 +169,7 @@ def compress(
     from .compress import CompressionConfig
     from .compress import compress as run
 
-    if steps is None:
-        settings = CompressionConfig(**config)
-    else:
-        settings = CompressionConfig.short(steps, **config)
+    settings = CompressionConfig(**config) if steps is None else CompressionConfig.short(steps, **config)
     loaded, tokenizer = _load(model, device, settings.dtype)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=settings.seed)
@@ -523,7 +522,7 @@ def _stored_ranks(path, ranks: dict[str, int]) -> dict[str, tuple[int, int]]:
     for file in sorted(path.glob("*.safetensors")):
         with files.open_tensors(file) as tensors:
             for name in ranks:
-                if f"{name}.U.weight" in tensors.keys():
+                if f"{name}.U.weight" in set(tensors.keys()):
                     out = tensors.get_slice(f"{name}.U.weight").get_shape()[0]
                     full[name] = min(out, tensors.get_slice(f"{name}.Vh.weight").get_shape()[1])
     return {name: (rank, full[name]) for name, rank in ranks.items()}

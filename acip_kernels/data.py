@@ -331,7 +331,7 @@ def read_texts(source, *, split=None, column="text", limit=None):
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     name, path = str(source), pathlib.Path(source)
-    local = name == "wikipedia-demo" or name not in ("wikitext2", "c4") and path.exists()
+    local = name == "wikipedia-demo" or (name not in ("wikitext2", "c4") and path.exists())
     if local and split is not None:
         raise ValueError(f"split must be None for source {name}: only hub data sets have splits")
     if name == "wikipedia-demo":

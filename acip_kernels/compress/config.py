@@ -21,6 +21,9 @@ class CompressionConfig:
         targets, exclude: which linear layers (see `factorize`); the output head never is.
         mask_scale: start value `c` of every mask parameter.
         adapter_rank, adapter_alpha, adapter_dropout: the LoRA adapter beside every factorized layer.
+        basis: "weights", the plain SVD; or "activations", which the inputs of each layer whiten, so that what is cut
+            is what the output misses least (needs a fraction of the steps). calibration_batches: batches that the
+            inputs are taken from, the first ones of the run's.
 
     The pruning phase, until the size ratio of the factorized layers (adapters not counted, as they are not
     merged yet) is at or below `stop_ratio`:
@@ -49,6 +52,8 @@ class CompressionConfig:
     adapter_rank: int = 32
     adapter_alpha: float = 16.0
     adapter_dropout: float = 0.05
+    basis: str = "weights"
+    calibration_batches: int = 16
 
     mask_learning_rate: float = 5e-5
     adapter_learning_rate: float = 5e-5
@@ -94,10 +99,13 @@ class CompressionConfig:
             ("tune_steps", self.tune_steps, 0),
             ("gradient_accumulation", self.gradient_accumulation, 1),
             ("compact_every", self.compact_every, 0),
+            ("calibration_batches", self.calibration_batches, 1),
             ("max_prune_steps", 1 if self.max_prune_steps is None else self.max_prune_steps, 1),
         ):
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+        if self.basis not in ("weights", "activations"):
+            raise ValueError(f"basis must be 'weights' or 'activations', got {self.basis!r}")
         if not self.lambda_growth >= 1:
             raise ValueError(f"lambda_growth must be at least 1, got {self.lambda_growth}")
         if not 0 <= self.adapter_dropout < 1:

@@ -14,6 +14,7 @@ from .. import files
 from ..models.targets import choose_targets, is_conv1d, linear_layers, weight_of
 from ..nn import SVDLinear
 from ..nn.svd_linear import svd
+from .basis import whitened_svd
 
 log = logging.getLogger("acip_kernels")
 
@@ -28,6 +29,7 @@ def factorize(
     adapter_alpha: float = 16.0,
     adapter_dropout: float = 0.05,
     dtype: torch.dtype | None = None,
+    covariances: dict[str, Tensor] | None = None,
     svd_cache: str | pathlib.Path | None = None,
     seed: int = 0,
     backend: str = "auto",
@@ -43,6 +45,8 @@ def factorize(
             `models.targets.choose_targets`.
         mask_scale, adapter_rank, adapter_alpha, adapter_dropout, backend: of every `SVDLinear`.
         dtype: of the factors; None for the layer's own.
+        covariances: `{layer: [in, in]}` of the layers' inputs, see `basis.input_covariances`: those layers are
+            decomposed so that truncation loses least of their output. None for plain decompositions.
         svd_cache: directory that keeps every decomposition, under a name made from the weight's content: a second
             run starts at once, and an interrupted one goes on where it was. None keeps nothing.
         seed: of the adapters' start.
@@ -72,7 +76,7 @@ def factorize(
             generator[weight.device] = torch.Generator(weight.device).manual_seed(seed)
         bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
         new = SVDLinear(
-            *cached_svd(weight, svd_cache),
+            *cached_svd(weight, svd_cache, (covariances or {}).get(name)),
             bias,
             mask_scale=mask_scale,
             adapter_rank=adapter_rank,
@@ -89,12 +93,22 @@ def factorize(
     return names
 
 
-def cached_svd(weight: Tensor, directory: str | pathlib.Path | None) -> tuple[Tensor, Tensor, Tensor]:
-    """`svd(weight)`, read from `directory` if it is there and whole, else computed and kept there."""
+def cached_svd(
+    weight: Tensor, directory: str | pathlib.Path | None, covariance: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The SVD of `weight`, whitened if a covariance is given; read from `directory`, or computed and kept there."""
+
+    def compute():
+        return svd(weight) if covariance is None else whitened_svd(weight, covariance)
+
     if directory is None:
-        return svd(weight)
-    raw = weight.cpu().contiguous().view(torch.uint8).numpy()
-    digest = hashlib.blake2b(raw, digest_size=16, key=f"{weight.dtype}{list(weight.shape)}".encode()).hexdigest()
+        return compute()
+    hasher = hashlib.blake2b(digest_size=16)
+    for tensor in (weight, covariance):
+        if tensor is not None:
+            hasher.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+            hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    digest = hasher.hexdigest()
     path = pathlib.Path(directory) / f"{digest}.safetensors"
     if path.exists():
         try:
@@ -103,7 +117,7 @@ def cached_svd(weight: Tensor, directory: str | pathlib.Path | None) -> tuple[Te
             log.warning("decomposing anew: %s", error)
         else:
             return tuple(factors[name].to(weight.device) for name in ("U", "S", "Vh"))
-    U, S, Vh = svd(weight)
+    U, S, Vh = compute()
     try:
         files.write_tensors(path, {"U": U, "S": S, "Vh": Vh})
     except OSError as error:

@@ -29,11 +29,11 @@ class RunProgress:
         self.progress.stop()
 
     @contextlib.contextmanager
-    def decomposing(self):
-        """Yields `progress(done, total)` for the singular value decompositions."""
-        task = self.progress.add_task("SVD", total=None, about="")
+    def counting(self, what: str, units: str):
+        """Yields `progress(done, total)` for a phase before the first step."""
+        task = self.progress.add_task(what, total=None, about="")
         yield lambda done, total: self.progress.update(
-            task, completed=done, total=total, about=f"{done}/{total} layers"
+            task, completed=done, total=total, about=f"{done}/{total} {units}"
         )
 
     def start(self, run) -> None:

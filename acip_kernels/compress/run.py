@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from .. import files
 from ..models import quantizer
+from ..models.targets import choose_targets, linear_layers
 from ..report import read_history
+from .basis import input_covariances
 from .config import CompressionConfig, compute_dtype
 from .factorize import factorize, svd_layers
 from .materialize import Cut, model_cut
@@ -145,11 +148,18 @@ class _Run:
         config = self.config
         self.model.to(compute_dtype(config.dtype, self.device))
         if not any(hasattr(module, "set_live") for module in self.model.modules()):
-            with self.bar.decomposing() as advance:
+            covariances = None
+            if config.basis == "activations":
+                names = choose_targets(linear_layers(self.model)[0], config.targets, config.exclude)
+                first = (self.inputs(b) for b in itertools.islice(self.batches_from(0), config.calibration_batches))
+                with self.bar.counting("inputs", "batches") as advance:
+                    covariances = input_covariances(self.model, names, first, advance, config.calibration_batches)
+            with self.bar.counting("SVD", "layers") as advance:
                 factorize(
                     self.model,
                     config.targets,
                     exclude=config.exclude,
+                    covariances=covariances,
                     mask_scale=config.mask_scale,
                     adapter_rank=config.adapter_rank,
                     adapter_alpha=config.adapter_alpha,
@@ -381,7 +391,7 @@ class _Run:
             if about.get("format_version") != 1:
                 raise ValueError(f"{path} is not a checkpoint of this version's compress()")
             self.check_same_run(path, about)
-            tensors = {name: files.read_tensor(file, path, name) for name in file.keys()}
+            tensors = {name: files.read_tensor(file, path, name) for name in list(file.keys())}
         self.step, self.phase, self.tune_start = about["step"], about["phase"], about["tune_start"]
         self.consumed, self.seconds = about["consumed"], about["seconds"]
         with torch.no_grad():

@@ -55,6 +55,6 @@ def updated_scores(scores: Tensor, masks: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_by_singular_values(model: nn.Module) -> None:
-    """Score every singular value by itself: plain SVD truncation over the whole model, the floor that a run must beat."""
+    """Score every singular value by itself: plain SVD truncation over the whole model, the floor for every run."""
     for layer in svd_layers(model).values():
         layer.scores.copy_(layer.S)

@@ -1,4 +1,4 @@
-"""Checkpoints: elastic ones, from which any size loads, and materialized ones, which are plain transformers directories."""
+"""Checkpoints: elastic ones, from which any size loads, and materialized ones, plain transformers directories."""
 
 from __future__ import annotations
 
@@ -163,6 +163,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
     model, layers = result.model, svd_layers(result.model)
     if compact and base_model is None:
         raise ValueError("compact: say which base_model the factors are rebuilt from")
+    if compact and result.config is not None and result.config.basis != "weights":
+        raise ValueError("compact: factors in the basis of the activations cannot be rebuilt from the base model alone")
     tensors, seen = {}, set()
     for name, layer in layers.items():
         seen |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
@@ -364,7 +366,7 @@ def _stored(path: pathlib.Path):
             tensor = files.read_tensor(*where[name], name)
             if tensor.shape != like.shape or bool(tensor.isnan().any()):
                 raise ValueError(
-                    f"{where[name][1]}: tensor {name!r} must be {list(like.shape)} without NaN, got {list(tensor.shape)}"
+                    f"{where[name][1]}: tensor {name!r} is {list(tensor.shape)}, must be {list(like.shape)} without NaN"
                 )
             return tensor
 

@@ -1,4 +1,4 @@
-"""Operators on tensors. Each one lives in a folder of its own; `reference.py` there is the formula, `op.py` the operator."""
+"""Operators on tensors, each in a folder of its own: `reference.py` is the formula, `op.py` the operator."""
 
 from .lowrank_linear.op import lowrank_linear
 from .masked_svd_linear.op import masked_svd_linear

@@ -25,7 +25,8 @@ def backward(
     """Gradients for `(x, Vh, U, s, bias)` at `g = ∂L/∂y [..., out]`; `None` where not `needed`.
 
     With `z = x Vhᵀ` and `h = g U`, both `[..., rank]`:
-    `∂L/∂x = (h ⊙ s) Vh`, `∂L/∂Vh = (h ⊙ s)ᵀ x`, `∂L/∂U = gᵀ (z ⊙ s)`, `∂L/∂s = Σ_tokens z ⊙ h`, `∂L/∂bias = Σ_tokens g`.
+    `∂L/∂x = (h ⊙ s) Vh`, `∂L/∂Vh = (h ⊙ s)ᵀ x`, `∂L/∂U = gᵀ (z ⊙ s)`, `∂L/∂s = Σ_tokens z ⊙ h`,
+    `∂L/∂bias = Σ_tokens g`.
     """
     need_x, need_Vh, need_U, need_s, need_bias = needed
     tokens = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
