@@ -12,12 +12,13 @@ from . import data as texts
 from . import evaluate, files, report
 from .compress import CompressionConfig, compress, materialize
 from .compress.config import compute_dtype
-from .compress.factorize import svd_layers
+from .compress.factorize import factorize
 from .compress.scores import score_by_singular_values
 from .models.saving import save
 
 SIZES = (1.0, 0.8, 0.6, 0.4)
-PROMPTS = ("The capital of France is", "Photosynthesis is the process by which", "In 1969, the first people")
+PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
+SAMPLE_TOKENS = 24
 # Articles of the demo's text that are held out for the perplexity.
 HELD_OUT = 20
 # With these windows the dense SmolLM2-135M has 16.7.
@@ -63,7 +64,7 @@ def run_demo(
         window_seconds = (time.monotonic() - window_seconds) / WINDOWS
     with _phase(console, "Size of the dense model"):
         rows[0]["file_bytes"] = _bytes_of(dense, stored_dtype)
-    samples = {"dense": evaluate.generate_samples(dense, tokenizer, PROMPTS)}
+    samples = {"dense": evaluate.generate_samples(dense, tokenizer, PROMPTS, SAMPLE_TOKENS)}
 
     batches = texts.Batches(training, batch_size=BATCH, length=min(LENGTH, context))
     resume = (output / "run.json").exists()
@@ -73,8 +74,18 @@ def run_demo(
         with _phase(console, "Timing a step"):
             left = 60 * minutes - (time.monotonic() - started) - _seconds_afterwards(window_seconds)
             steps = _fitting_steps(dense, batches, left)
-    # Few steps see every text once at most: nothing to overfit, so no dropout.
-    config = CompressionConfig.short(steps, 0.3, dtype=str(wanted).removeprefix("torch."), adapter_dropout=0.0)
+    config = CompressionConfig.short(
+        steps,
+        # The adapters are counted in what is cut, not in the run: so that the smallest size is within the ranking.
+        0.95 * min(SIZES),
+        dtype=str(wanted).removeprefix("torch."),
+        # What a run of minutes needs: a basis that knows the data, adapters that leave room for the factors, and, as it
+        # sees no text twice, no dropout.
+        basis="activations",
+        adapter_rank=8,
+        adapter_alpha=8.0,
+        adapter_dropout=0.0,
+    )
     files.write_json(output / "run.json", {"steps": steps, "model": about_model, "config": config.to_dict()})
     console.print(f"Compressing in {steps} + {config.tune_steps} steps of {batches.tokens_per_batch} tokens")
     result = compress(dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source, cache))
@@ -90,19 +101,25 @@ def run_demo(
             rows.append(
                 evaluate.table_row(cut, "acip", tokens=test, directory=output / name, progress=progress, **windows)
             )
-            samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS)
+            samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS, SAMPLE_TOKENS)
             models[len(rows) - 1] = cut
     cuts = {size: result.cut(size) for size in SIZES[1:]}
-    with _plain_svd(result.model):
-        for size in SIZES[1:]:
-            with _counting(console, f"Plain SVD at {size:g}") as progress:
-                cut = materialize(result, size, adapters="drop")
-                rows.append(evaluate.table_row(cut, "svd", tokens=test, progress=progress, **windows))
-                rows[-1]["file_bytes"] = _bytes_of(cut, stored_dtype)
     del result, dense
+    # The floor: truncation by singular values alone, of the plain decomposition.
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval()
+    with _counting(console, "Plain SVD") as progress:
+        factorize(plain, adapter_rank=0, svd_cache=texts.svd_cache(source, cache), progress=progress)
+    score_by_singular_values(plain)
+    for size in SIZES[1:]:
+        with _counting(console, f"Plain SVD at {size:g}") as progress:
+            cut = materialize(plain, size)
+            rows.append(evaluate.table_row(cut, "svd", tokens=test, progress=progress, **windows))
+            rows[-1]["file_bytes"] = _bytes_of(cut, stored_dtype)
+    del plain, cut
     with _phase(console, "Speed of all sizes side by side"):
-        models = {0: AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where), **models}
-        rows = evaluate.with_speed(rows, models, prefill_tokens=min(512, context), input_ids=test)
+        models = {0: AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval(), **models}
+        options = {"new_tokens": 24, "prefill_tokens": min(512, context), "rounds": 2, "input_ids": test}
+        rows = evaluate.with_speed(rows, models, **options)
 
     for row in rows:
         if row["method"] == "dense":
@@ -156,8 +173,8 @@ def _checkpoint_dtype(source) -> torch.dtype | None:
 
 
 def _seconds_afterwards(window_seconds: float) -> float:
-    """About how long all that follows the run takes: the evaluation of seven models, and the speeds of five."""
-    return 7 * WINDOWS * 0.85 * window_seconds + 30 * window_seconds + 40
+    """About how long all else takes: the evaluation of seven models, the speeds of five, decompositions, files."""
+    return 7 * WINDOWS * 0.85 * window_seconds + 25 * window_seconds + 60
 
 
 def _fitting_steps(model, batches, seconds: float) -> int:
@@ -182,18 +199,6 @@ def _bytes_of(model, dtype) -> int:
     """Bytes of the safetensors file of `model` in `dtype`: its tensors, as a tied one is stored once."""
     state = {id(t): t for t in model.state_dict(keep_vars=True).values()}
     return sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in state.values())
-
-
-@contextlib.contextmanager
-def _plain_svd(model):
-    """While it lasts, the scores are the singular values."""
-    before = {name: layer.scores.clone() for name, layer in svd_layers(model).items()}
-    score_by_singular_values(model)
-    try:
-        yield
-    finally:
-        for name, layer in svd_layers(model).items():
-            layer.scores.copy_(before[name])
 
 
 @contextlib.contextmanager

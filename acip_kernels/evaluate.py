@@ -534,13 +534,14 @@ def table_row(
     """
     fields = getattr(model.config, "quantization_config", None) or {}
     fields = fields if isinstance(fields, dict) else fields.to_dict()
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 129
     row = {
         "method": method,
         **{key: fields.get(key, 1.0) for key in ("size_ratio", "factorized", "stored")},
         "parameters": parameter_counts(model)["stored"],
         "file_bytes": None if directory is None else file_bytes(directory),
         "perplexity": None,
-        "flops_per_token": flops_per_token(model),
+        "flops_per_token": flops_per_token(model, min(128, positions - 1)),
     }
     if tokens is not None:
         options = {"context": context, "stride": stride, "max_windows": max_windows, "progress": progress}

@@ -60,7 +60,7 @@ def new_directory(path, *, overwrite: bool = False):
     was, and nothing is left of the new one. Raises `FileExistsError` for a directory that is not empty, and for a
     file.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()  # behind a link, its target is replaced; "." gets a name
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; give a directory")
     if path.exists() and any(path.iterdir()) and not overwrite:
@@ -73,8 +73,12 @@ def new_directory(path, *, overwrite: bool = False):
         if path.exists():
             old = fresh.with_name(f"{fresh.name}.old")
             os.replace(path, old)
-            os.replace(fresh, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(fresh, path)
+            except BaseException:
+                os.replace(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(fresh, path)
     except BaseException:

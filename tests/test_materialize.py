@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from toys import assert_close, logits
 from transformers.pytorch_utils import Conv1D
 
 import acip_kernels
@@ -19,24 +20,6 @@ from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.sizing import COUNTS
 
 SIZES = (1.0, 0.8, 0.5, 0.25)
-
-# How many terms the sums have that lie one behind the other on the longest way to a logit: in each of two layers two
-# norms, the two factors each of v, o, up and down with their adapters' ranks, and the attention's 12 positions; then
-# the last norm and the head.
-TERMS = 2 * (2 * 32 + (32 + 34) + (32 + 34) + (32 + 34) + (48 + 34) + 12) + 2 * 32
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=toys.token_ids()).logits
-
-
-def assert_close(actual, expected):
-    """Equal but for the order of sums in float32: an error of half an ulp for every term."""
-    assert actual.dtype == expected.dtype == torch.float32
-    bound = TERMS * torch.finfo(torch.float32).eps * float(expected.abs().max())
-    assert float((actual - expected).abs().max()) <= bound
-
 
 @pytest.fixture(scope="module", params=toys.MODELS)
 def result(request):
@@ -261,7 +244,7 @@ def test_dtype_is_that_of_every_weight(result):
 @pytest.mark.parametrize("adapters", ["merge", "truncate", "drop"])
 @pytest.mark.parametrize("rank_multiple", [3, 8])
 def test_rank_multiple_rounds_stored_ranks_within_the_target(llama_result, adapters, rank_multiple):
-    for size_ratio in (0.9, 0.6, 0.45):
+    for size_ratio in (0.9, 0.6, 0.5):
         options = {"adapters": adapters, "rank_multiple": rank_multiple}
         model, cut = materialize(llama_result, size_ratio, **options), llama_result.cut(size_ratio, **options)
         assert size_ratio - 0.2 < stored_ratio(model, cut) <= size_ratio
@@ -333,7 +316,7 @@ def test_counts_are_what_the_file_holds(result, adapters, size_ratio, rank_multi
     cut, model = result.cut(size_ratio, **options), materialize(result, size_ratio, **options)
     acip_kernels.save(model, tmp_path / "model")
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
-        numbers = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
+        numbers = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     assert sum(numbers.values()) == cut.parameters
     assert cut.ratios["factorized"] == stored_ratio(model, cut)
     dense = cut.sizing.rest + int(cut.sizing.dense.sum())
@@ -355,7 +338,7 @@ def test_equal_scores_are_cut_in_the_same_order_everywhere(tmp_path):
         scores.copy_(torch.randint(-2, 3, scores.shape, generator=pick))
     acip_kernels.save(result, tmp_path / "elastic")
     again = acip_kernels.CompressionResult.load(tmp_path / "elastic")
-    for size_ratio in torch.linspace(0.15, 1, 18).tolist():
+    for size_ratio in torch.linspace(0.15, 1, 9).tolist():
         cut, same = result.cut(size_ratio), again.cut(size_ratio)
         assert torch.equal(cut.ranks, result.cut(size_ratio).ranks)
         assert torch.equal(cut.ranks, same.ranks)

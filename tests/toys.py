@@ -102,3 +102,21 @@ def toy_result(model, adapters=2, seed=0):
             layer.lora_B.normal_(std=0.3, generator=pick)
     attach_factorized(model)
     return CompressionResult(model.eval(), size_ratio=0.5)
+
+
+# How many terms the sums have that lie one behind the other on the longest way to a logit: in each of two layers two
+# norms, the two factors each of v, o, up and down with their adapters' ranks, and the attention's 12 positions; then
+# the last norm and the head.
+TERMS = 2 * (2 * 32 + (32 + 34) + (32 + 34) + (32 + 34) + (48 + 34) + 12) + 2 * 32
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=token_ids()).logits
+
+
+def assert_close(actual, expected):
+    """Equal but for the order of sums in float32: an error of half an ulp for every term."""
+    assert actual.dtype == expected.dtype == torch.float32
+    bound = TERMS * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    assert float((actual - expected).abs().max()) <= bound

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..models import quantizer
 from ..nn import LowRankLinear, SVDLinear
 from .factorize import svd_layers
-from .sizing import Sizing
+from .sizing import Sizing, check_size_ratio
 
 log = logging.getLogger("acip_kernels")
 
@@ -70,11 +70,12 @@ def plan_cut(
         merges, unless the adapters alone are larger than the target, when it truncates and says so; adapters that
         are not trained it drops.
     """
+    check_size_ratio(size_ratio)
     if adapters not in ADAPTERS:
         raise ValueError(f"adapters must be one of {', '.join(ADAPTERS)}, got {adapters!r}")
     if adapters == "auto":
         adapters = "merge" if trained else "drop"
-        if trained and 0 < size_ratio < with_adapters.smallest(count):
+        if trained and size_ratio < with_adapters.smallest(count):
             log.warning(
                 "at size ratio %s the adapters' own ranks (%.3f) are too large to keep: "
                 "they are merged and truncated to the layers' ranks",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -18,6 +19,8 @@ class RunProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            # stdout is for results.
+            console=Console(stderr=True),
             disable=not enabled,
         )
 

@@ -187,7 +187,7 @@ class _Run:
             groups.append({"params": list(self.adapters.values()), "lr": config.adapter_learning_rate})
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpointing(self.model, "enable")({"use_reentrant": False})
         self.model.train()
 
     def go(self) -> CompressionResult:
@@ -197,6 +197,9 @@ class _Run:
             torch.manual_seed(self.config.seed)
             if self.resuming:
                 self.restore()
+            elif self.output is not None:
+                # Of a run that ended before its first checkpoint.
+                (self.output / HISTORY).unlink(missing_ok=True)
             self.feed = self.batches_from(self.consumed)
             self.saved_at = time.monotonic()
             self.bar.start(self)
@@ -206,7 +209,7 @@ class _Run:
         self.map.write_back()
         self.model.eval()
         if self.config.gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+            _checkpointing(self.model, "disable")()
         return CompressionResult(self.model, self.config, self.history, self.ratio())
 
     def ratio(self) -> float:
@@ -474,6 +477,12 @@ def _nothing():
     import contextlib
 
     return contextlib.nullcontext()
+
+
+def _checkpointing(model, what: str):
+    """transformers' switch for recomputing activations, under its newer or its older name."""
+    new, old = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
+    return getattr(model, new) if hasattr(model, new) else getattr(model, old)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

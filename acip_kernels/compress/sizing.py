@@ -98,8 +98,7 @@ class Sizing:
         Raises `ValueError` for a target outside (0, 1] or below `smallest`, and for scores of a wrong shape or
         that are NaN.
         """
-        if not isinstance(size_ratio, int | float) or not 0 < size_ratio <= 1:
-            raise ValueError(f"size_ratio is what is left, in (0, 1]; got {size_ratio!r}")
+        check_size_ratio(size_ratio)
         flat, layer = self._flatten(scores)
         # Every entry's place within its layer, from the best.
         places = torch.empty_like(layer)
@@ -118,9 +117,12 @@ class Sizing:
         saved = self.parameters(left_before, layer) - self.parameters(left_before - 1, layer)
         total = int(self.parameters(self.full_rank).sum())
         others = self._others(count)
-        # Integers: the budget is exact, without a rounded ratio between.
-        budget = int(size_ratio * (int(self.dense.sum()) + others) + 1e-6) - others
-        excess = total - budget
+        # The most that can be stored such that `ratio` is not above the target, to the last bit.
+        whole = int(self.dense.sum()) + others
+        budget = int(size_ratio * whole) + 1
+        while budget / whole > size_ratio:
+            budget -= 1
+        excess = total - (budget - others)
         pruned = 0
         if excess > 0:
             cumulative = saved.cumsum(0)
@@ -155,6 +157,12 @@ class Sizing:
             bad = next(name for name in self.names if bool(scores[name].isnan().any()))
             raise ValueError(f"scores[{bad!r}] holds NaN")
         return flat, torch.arange(len(self.names)).repeat_interleave(self.full_rank)
+
+
+def check_size_ratio(size_ratio: float) -> None:
+    """Raises `ValueError` for anything but a number in (0, 1]."""
+    if not isinstance(size_ratio, int | float) or not 0 < size_ratio <= 1:
+        raise ValueError(f"size_ratio is what is left, in (0, 1]; got {size_ratio!r}")
 
 
 def live_ranks(layers: dict[str, SVDLinear]) -> Tensor:

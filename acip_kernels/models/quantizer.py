@@ -8,6 +8,7 @@ format, once.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,8 @@ from .targets import linear_layers, weight_of
 log = logging.getLogger("acip_kernels")
 
 FORMAT_VERSION = 1
+
+LAYER_OPTIONS = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
 
 
 class AcipConfig(QuantizationConfigMixin):
@@ -46,8 +49,13 @@ class AcipConfig(QuantizationConfigMixin):
             )
         if kind not in ("materialized", "elastic", "factorized"):
             raise ValueError(f"quantization_config: kind is {kind!r}; it must be materialized or elastic")
+        for field, value in (("ranks", ranks), ("layers", layers)):
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"quantization_config: {field} must be an object by layer, got {value!r}")
         self.format_version, self.kind = format_version, kind
         self.ranks, self.layers = dict(ranks or {}), dict(layers or {})
+        for name, options in self.layers.items():
+            _check_layer_options(name, options)
         for name, rank in self.ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
                 raise ValueError(f"quantization_config: ranks[{name!r}] must be a rank, got {rank!r}")
@@ -58,30 +66,37 @@ class AcipConfig(QuantizationConfigMixin):
         return {key: value for key, value in super().to_dict().items() if key not in ("ranks", "layers") or value}
 
 
+def _check_layer_options(name: str, options) -> None:
+    if not isinstance(options, dict):
+        raise ValueError(f"quantization_config: layers[{name!r}] must be an object, got {options!r}")
+    for key, value in options.items():
+        if key == "source_type":
+            fits = value in ("Linear", "Conv1D")
+        elif key == "adapter_rank":
+            fits = type(value) is int and value >= 0
+        else:
+            fits = key in LAYER_OPTIONS and type(value) in (int, float) and math.isfinite(value)
+        if not fits:
+            raise ValueError(f"quantization_config: layers[{name!r}]: {key} cannot be {value!r}")
+
+
 class AcipQuantizer(HfQuantizer):
     """Puts the layers of `AcipConfig` into a model before its weights are loaded."""
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        config = self.quantization_config
-        if config.kind == "elastic":
+    def validate_environment(self, *args, **kwargs):
+        # Before transformers looks for weight files, which it would not find.
+        if self.quantization_config.kind == "elastic":
             raise ValueError(
                 "this is an elastic checkpoint, which holds every size: "
                 "load it with acip_kernels.load(directory, size_ratio=0.6)"
             )
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        config = self.quantization_config
         if config.kind == "factorized":
             put_svd_layers(model, config.layers)
             return
-        for name, layer in layers_to_replace(model, config.ranks).items():
-            rank, (out_features, in_features) = config.ranks[name], weight_of(layer).shape
-            if rank > min(in_features, out_features):
-                raise ValueError(
-                    f"quantization_config: ranks[{name!r}] is {rank}, but the layer is [{out_features}, {in_features}]"
-                )
-            bias = layer.bias is not None
-            new = LowRankLinear(
-                in_features, out_features, rank, bias, device=layer.weight.device, dtype=layer.weight.dtype
-            )
-            model.set_submodule(name, new)
+        put_lowrank_layers(model, config.ranks)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         _be_ordinary(model)
@@ -123,6 +138,18 @@ def layers_to_replace(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Mo
     return found
 
 
+def put_lowrank_layers(model: nn.Module, ranks: dict[str, int]) -> None:
+    """Replace linear layers by `LowRankLinear`s of these ranks on the same device, to load a state into."""
+    for name, layer in layers_to_replace(model, ranks).items():
+        rank, (out_features, in_features) = ranks[name], weight_of(layer).shape
+        if rank > min(in_features, out_features):
+            raise ValueError(
+                f"quantization_config: ranks[{name!r}] is {rank}, but the layer is [{out_features}, {in_features}]"
+            )
+        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        model.set_submodule(name, LowRankLinear(in_features, out_features, rank, layer.bias is not None, **like))
+
+
 def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     """Replace linear layers by empty `SVDLinear`s on the same device, to load a state into."""
     for name, layer in layers_to_replace(model, layers).items():
@@ -141,8 +168,7 @@ def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
 
 def svd_layer_options(layer: SVDLinear) -> dict:
     """What `put_svd_layers` needs to make `layer` again, apart from its tensors; JSON."""
-    names = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
-    return {name: getattr(layer, name) for name in names}
+    return {name: getattr(layer, name) for name in LAYER_OPTIONS}
 
 
 def attach_factorized(model: PreTrainedModel) -> None:

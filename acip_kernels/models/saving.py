@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -63,7 +64,7 @@ def save(
     elastic = any(hasattr(module, "set_live") for module in model.modules())
     if compact and not elastic:
         raise ValueError("compact: a materialized model has no scores to save by themselves")
-    base_model = base_model or model.config._name_or_path or None
+    base_model = base_model or _base_model(model)
     with files.new_directory(path, overwrite=overwrite) as directory:
         try:
             if elastic:
@@ -109,25 +110,27 @@ def load(
     """
     path = pathlib.Path(path)
     config = _config(path)
-    fields = getattr(config, "quantization_config", None) or {}
-    fields = fields if isinstance(fields, dict) else fields.to_dict()
-    if fields.get("kind") != "elastic" or fields.get("quant_method") != "acip":
+    fields = _acip_fields(config)
+    if fields.get("kind") != "elastic":
         if size_ratio is not None:
             about = f" at {fields['size_ratio']}" if "size_ratio" in fields else ""
             raise ValueError(
                 f"{path} is not an elastic checkpoint but has one size{about}: "
                 "load it without size_ratio, or cut the elastic checkpoint that it was made from"
             )
+        if fields:
+            _check_materialized(path, config, quantizer.AcipConfig(**fields))
         return _from_pretrained(path, config, dtype=dtype, device_map=device_map)
     acip = quantizer.AcipConfig(**fields)
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
     if getattr(acip, "compact", False):
-        model = _rebuild(path, acip, base_model, svd_cache, dtype, device_map)
+        model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
         return model if size_ratio is None else materialize(model, size_ratio, **options)
     with _Elastic(path, acip) as elastic:
+        elastic.check_model(config)
         if size_ratio is None:
             state = {f"{name}.{key}": tensor for name in acip.layers for key, tensor in elastic.layer(name).items()}
-            config.quantization_config = quantizer.AcipConfig("factorized", layers=acip.layers).to_dict()
+            config.quantization_config = _factorized(acip).to_dict()
         else:
             cut = elastic.cut(size_ratio, **options)
             state = elastic.materialized(cut)
@@ -161,6 +164,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
     from huggingface_hub import save_torch_state_dict
 
     model, layers = result.model, svd_layers(result.model)
+    if not compact and base_model is not None and pathlib.Path(base_model).exists():
+        base_model = None  # a path of this machine, which nothing here needs
     if compact and base_model is None:
         raise ValueError("compact: say which base_model the factors are rebuilt from")
     if compact and result.config is not None and result.config.basis != "weights":
@@ -168,7 +173,9 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
     tensors, seen = {}, set()
     for name, layer in layers.items():
         seen |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
-        kept = {"scores": layer.scores, "S": layer.S}
+        # What is rebuilt is in the order of the singular values; a loaded layer is in that of the scores.
+        order = layer.S.sort(descending=True, stable=True).indices
+        kept = {"scores": layer.scores[order], "S": layer.S[order]}
         if layer.adapter_rank:
             kept |= {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
         if not compact:
@@ -199,7 +206,9 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
         final_size_ratio=result.size_ratio,
         compression=None if result.config is None else result.config.to_dict(),
     )
-    fields = model.config.to_dict() | {
+    fields = model.config.to_dict()
+    fields.pop("_name_or_path", None)  # as save_pretrained does
+    fields |= {
         "architectures": [type(model).__name__],
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization_config": acip.to_dict(),
@@ -220,16 +229,7 @@ class _Elastic:
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            shards = sorted(self.path.glob(_ELASTIC.format(suffix="*")))
-            if not shards:
-                raise ValueError(f"{self.path} holds no {_ELASTIC.format(suffix='')}")
-            for shard in shards:
-                file = stack.enter_context(files.open_tensors(shard))
-                self.where |= dict.fromkeys(file.keys(), (file, shard))
-            index = self.path / (_ELASTIC.format(suffix="") + ".index.json")
-            if index.exists():
-                for name in files.read_json(index)["weight_map"]:
-                    self.shape(name)
+            self.where = _open_shards(self.path, _ELASTIC.format(suffix=""), stack)
             self.check()
             self.stack = stack.pop_all()
         return self
@@ -253,6 +253,21 @@ class _Elastic:
         for name, scores in self.scores.items():
             if bool(scores.isnan().any()) or bool((scores[1:] > scores[:-1]).any()):
                 raise ValueError(f"{self.where[f'{name}.scores'][1]}: tensor {name}.scores is not in falling order")
+
+    def check_model(self, config) -> None:
+        """Every tensor of the model is there, in the shape that the model has for it; nothing is allocated."""
+        model = _empty_model(self.path, config)
+        quantizer.put_svd_layers(model, self.layers)
+        masks = {f"{name}.mask" for name in self.layers}
+        state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in masks}
+        here = {id(tensor) for name, tensor in state.items() if name in self.where}
+        for name, tensor in state.items():
+            if name not in self.where and id(tensor) in here:
+                continue  # tied to one that is there
+            if self.shape(name) != list(tensor.shape):
+                raise ValueError(
+                    f"{self.where[name][1]}: tensor {name} is {self.shape(name)}, but must be {list(tensor.shape)}"
+                )
 
     def shape(self, name: str) -> list[int]:
         if name not in self.where:
@@ -300,7 +315,7 @@ class _Elastic:
                 Vh,
                 self.get(f"{name}.lora_A") if r else None,
                 self.get(f"{name}.lora_B") if r else None,
-                options["adapter_alpha"] / r if r else 0.0,
+                options.get("adapter_alpha", 16.0) / r if r else 0.0,
                 dense=cut.is_dense[name],
                 truncate=cut.adapters == "truncate",
                 dtype=U.dtype,
@@ -324,53 +339,132 @@ def _ranks(state: dict[str, Tensor]) -> dict[str, int]:
 
 
 @torch.no_grad()
-def _rebuild(path: pathlib.Path, acip: quantizer.AcipConfig, base_model, svd_cache, dtype, device_map) -> nn.Module:
+def _rebuild(path, config, acip: quantizer.AcipConfig, base_model, svd_cache, dtype, device_map) -> nn.Module:
     """The factorized model of a compact elastic checkpoint, its factors made anew from the base model."""
     base_model = base_model or getattr(acip, "base_model", None)
     if not base_model:
         raise ValueError(f"{path} is compact: give base_model, the model that it was made from")
+    if dtype == "auto":
+        dtype = config.dtype or dtype  # that of the factors, which the base model's need not be
     try:
         model = _from_pretrained(base_model, None, dtype=dtype, device_map=device_map)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} is compact, and its base model cannot be loaded; give base_model: {reason}") from None
     layers = quantizer.layers_to_replace(model, acip.layers)
-    with _stored(path) as stored:
+    with contextlib.ExitStack() as stack:
+        where = _open_shards(path, _ELASTIC.format(suffix=""), stack)
         for name, layer in layers.items():
+            (out, in_), r = weight_of(layer).shape, acip.layers[name].get("adapter_rank", 0)
+            k = min(out, in_)
+            shapes = {"scores": (k,), "S": (k,)} | ({"lora_A": (r, in_), "lora_B": (out, r)} if r else {})
+            kept = {key: _stored(path, where, f"{name}.{key}", shape) for key, shape in shapes.items()}
             bias = None if layer.bias is None else layer.bias.detach()
             new = SVDLinear(*cached_svd(weight_of(layer).detach(), svd_cache), bias, **acip.layers[name])
-            for key in ("scores", "lora_A", "lora_B")[: 3 if new.adapter_rank else 1]:
-                getattr(new, key).copy_(stored(f"{name}.{key}", getattr(new, key)))
-            new.mask.copy_(new.scores.clamp_min(0))
-            S = stored(f"{name}.S", new.S).to(new.S.device)
+            S = kept.pop("S").to(new.S)
             # A different dtype of the weights moves the singular values by about its rounding, relative to the largest.
-            if not torch.allclose(new.S, S, rtol=0, atol=0.01 * float(S.max())):
+            near = 1e-4 if model.dtype == config.dtype else 0.01
+            if not torch.allclose(new.S, S, rtol=0, atol=near * float(S.max())):
                 raise ValueError(f"{path} was made from another model than {base_model}: {name} differs")
+            for key, tensor in kept.items():
+                getattr(new, key).copy_(tensor)
+            new.mask.copy_(new.scores.clamp_min(0))
             model.set_submodule(name, new)
+    model.config.quantization_config = _factorized(acip, base_model=str(base_model)).to_dict()
+    model.config._name_or_path = str(path)
     quantizer.attach_factorized(model)
     return model.eval()
 
 
-@contextlib.contextmanager
-def _stored(path: pathlib.Path):
-    """Yields `get(name, like)`: a tensor of a compact checkpoint, which must have the shape of `like`."""
+def _factorized(acip: quantizer.AcipConfig, **changes) -> quantizer.AcipConfig:
+    """What the factorized model of an elastic checkpoint keeps of it, for being saved again."""
+    about = {"base_model": getattr(acip, "base_model", None)} | changes
+    return quantizer.AcipConfig("factorized", layers=acip.layers, **about)
+
+
+def _base_model(model: nn.Module) -> str | None:
+    """Where the model came from that `model` was made from, as far as that is known."""
+    fields = _acip_fields(model.config)
+    return fields["base_model"] if "base_model" in fields else model.config._name_or_path or None
+
+
+def _stored(path, where: dict, name: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of a compact checkpoint, which must have this shape and hold numbers."""
+    if name not in where:
+        raise ValueError(f"{path}: tensor {name!r} is missing")
+    file, shard = where[name]
+    found = tuple(file.get_slice(name).get_shape())
+    if found != shape:
+        raise ValueError(f"{shard}: tensor {name!r} is {list(found)}, but must be {list(shape)}")
+    tensor = files.read_tensor(file, shard, name)
+    if bool(tensor.isnan().any()):
+        raise ValueError(f"{shard}: tensor {name!r} holds NaN")
+    return tensor
+
+
+# ---- files of weights
+
+
+def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> dict[str, tuple]:
+    """`{tensor: (open file, its path)}` of the weight file `name`, or of the shards that its index lists."""
+    index, shards, listed = path / f"{name}.index.json", [name], {}
+    if not (path / name).exists() and index.exists():
+        listed = files.read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed or any(pathlib.Path(s).name != s for s in listed.values()):
+            raise ValueError(f"{index} is no index of weight files: weight_map must be {{tensor: file name}}")
+        shards = sorted(set(listed.values()))
+    where = {}
+    for shard in shards:
+        file = stack.enter_context(files.open_tensors(path / shard))
+        where |= dict.fromkeys(file.keys(), (file, path / shard))
+    for tensor in listed:
+        if tensor not in where:
+            raise ValueError(f"{path / listed[tensor]}: tensor {tensor!r} is missing")
+    return where
+
+
+def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) -> None:
+    """The files are whole, and hold what `config` says: from_pretrained would start from random weights for the rest."""
+    model = _empty_model(path, config)
+    quantizer.put_lowrank_layers(model, acip.ranks)
+    state = model.state_dict(keep_vars=True)
     with contextlib.ExitStack() as stack:
-        where = {}
-        for shard in sorted(path.glob(_ELASTIC.format(suffix="*"))):
-            file = stack.enter_context(files.open_tensors(shard))
-            where |= dict.fromkeys(file.keys(), (file, shard))
+        where = _open_shards(path, "model.safetensors", stack)
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in where.items()}
+    here = {id(tensor) for name, tensor in state.items() if name in shapes}
+    # What transformers renames or fuses as it loads (mixtures of experts) has other names here.
+    renamed = _is_renamed(model)
+    for name, tensor in state.items():
+        ours = name.endswith((".Vh.weight", ".U.weight", ".U.bias"))
+        if name in shapes and shapes[name] != tuple(tensor.shape) and (ours or not renamed):
+            raise ValueError(
+                f"{where[name][1]}: tensor {name} is {list(shapes[name])}, but must be {list(tensor.shape)}"
+            )
+        if name not in shapes and id(tensor) not in here and (ours or not renamed):
+            raise ValueError(f"{path}: tensor {name!r} is missing")
+    needed = sum({id(tensor): tensor.numel() for tensor in state.values()}.values())
+    held = sum(torch.Size(shape).numel() for shape in shapes.values())
+    if held < needed:
+        raise ValueError(f"{path}: its files hold {held} numbers, fewer than the {needed} of the model in config.json")
 
-        def get(name: str, like: Tensor) -> Tensor:
-            if name not in where:
-                raise ValueError(f"{path}: tensor {name!r} is missing")
-            tensor = files.read_tensor(*where[name], name)
-            if tensor.shape != like.shape or bool(tensor.isnan().any()):
-                raise ValueError(
-                    f"{where[name][1]}: tensor {name!r} is {list(tensor.shape)}, must be {list(like.shape)} without NaN"
-                )
-            return tensor
 
-        yield get
+def _is_renamed(model: nn.Module) -> bool:
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ImportError:
+        return True
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def _empty_model(path: pathlib.Path, config) -> nn.Module:
+    """The model of `config`, without weights."""
+    try:
+        with torch.device("meta"):
+            model = _model_class(config)(copy.deepcopy(config))
+        model.tie_weights()
+        return model
+    except Exception as error:
+        raise ValueError(f"{path / 'config.json'} describes no model: {error}") from error
 
 
 # ---- transformers
@@ -383,7 +477,28 @@ def _config(path: pathlib.Path):
         raise ValueError(f"{path} is not a directory")
     if "model_type" not in files.read_json(path / "config.json"):
         raise ValueError(f"{path / 'config.json'} names no model_type: it is no transformers model")
-    return AutoConfig.from_pretrained(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers has many kinds for a value that does not fit
+        raise ValueError(f"{path / 'config.json'} describes no model: {error}") from error
+
+
+def _acip_fields(config) -> dict:
+    """The `quantization_config` of a model's config if it is ours, else nothing."""
+    fields = getattr(config, "quantization_config", None) or {}
+    if hasattr(fields, "to_dict"):
+        fields = fields.to_dict()
+    if not isinstance(fields, dict):
+        raise ValueError(f"config.json: quantization_config must be an object, got {fields!r}")
+    return fields if fields.get("quant_method") == "acip" else {}
+
+
+def _model_class(config):
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"{type(config).__name__} is no causal language model's")
+    return AutoModelForCausalLM._model_mapping[type(config)]
 
 
 def _from_pretrained(path, config, **options) -> nn.Module:
@@ -391,7 +506,7 @@ def _from_pretrained(path, config, **options) -> nn.Module:
 
     if path is None:
         # The auto class wants a path; the class that it would choose does not.
-        return AutoModelForCausalLM._model_mapping[type(config)].from_pretrained(None, config=config, **options)
+        return _model_class(config).from_pretrained(None, config=config, **options)
     if config is not None:
         options["config"] = config
     return AutoModelForCausalLM.from_pretrained(path, **options)

@@ -1,0 +1,5 @@
+"""`python -m acip_kernels` is the `acip` command."""
+
+from .cli import main
+
+main()

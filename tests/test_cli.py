@@ -1,0 +1,192 @@
+"""The command line: every command on a toy model, its JSON, its help, its mistakes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import toys
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from acip_kernels import cli
+from acip_kernels.compress import CompressionConfig
+
+COMMANDS = ("compress", "materialize", "evaluate", "info", "plot", "demo")
+
+
+def acip(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def as_json(*arguments):
+    return json.loads(acip(*arguments, "--json"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A toy model with its tokenizer, a text, and a finished run."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("cli")
+    toys.llama(max_position_embeddings=128).save_pretrained(folder / "toy")
+    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, toys.VOCABULARY)}
+    words = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder / "toy")
+    pick = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, toys.VOCABULARY, (3000,), generator=pick).tolist()
+    (folder / "text.txt").write_text(" ".join(f"w{token}" for token in tokens))
+    options = ("--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, "--batch-size", 2, "--length", 16)
+    summary = as_json("compress", folder / "toy", "-d", folder / "text.txt", "-o", folder / "run", *options)
+    return folder, summary
+
+
+def test_compress_writes_elastic_history_and_plots(base):
+    folder, summary = base
+    assert summary["size_ratio"] <= 0.5
+    assert summary["steps"] == len((folder / "run" / "history.jsonl").read_text().splitlines())
+    for path in [summary["elastic"], *summary["plots"]]:
+        assert (folder / path).exists()
+    # Resuming what is finished changes nothing.
+    options = ("--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, "--batch-size", 2, "--length", 16, "--resume")
+    again = as_json("compress", folder / "toy", "-d", folder / "text.txt", "-o", folder / "run", *options)
+    assert again == summary
+
+
+def test_materialize_evaluate_info_and_plot(base, tmp_path):
+    folder, summary = base
+    made = as_json("materialize", summary["elastic"], "-s", 0.6, "-o", tmp_path / "small")
+    assert made["factorized"] <= 0.6 and made["size_ratio"] == 0.6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert made["parameters"] == sum(p.numel() for p in model.parameters())
+
+    result = as_json(
+        *("evaluate", folder / "toy", summary["elastic"], tmp_path / "small", "-s", 1.0, "-s", 0.6),
+        *("-d", folder / "text.txt", "--context", 32, "--max-windows", 4, "--new-tokens", 3, "--prefill-tokens", 16),
+        *("--rounds", 1, "--prompt", "w3 w4", "-o", tmp_path / "evaluation.json"),
+    )
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["toy", "run 1", "run 0.6", "small"]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert rows["run 0.6"]["perplexity"] == pytest.approx(rows["small"]["perplexity"], rel=1e-5)
+    assert rows["small"]["flops_per_token"] < rows["toy"]["flops_per_token"]
+    assert rows["small"]["file_bytes"] < rows["toy"]["file_bytes"]
+    assert all(row["decode_tokens_per_s"] > 0 and row["prefill_tokens_per_s"] > 0 for row in rows.values())
+    assert all(len(row["samples"]) == 1 for row in rows.values())
+    assert result["peak_memory_bytes"] > 0
+    assert result["perplexity_on"] == {"data": str(folder / "text.txt"), "context": 32, "stride": 32}
+
+    about = as_json("info", summary["elastic"])
+    assert about["kind"] == "elastic"
+    assert about["sizes"]["0.6"]["factorized"] <= 0.6
+    assert as_json("info", tmp_path / "small")["ranks"]
+    assert as_json("info", folder / "toy")["kind"] == "dense"
+    assert as_json("info")["backends"]["lowrank_linear"] == ["reference"]
+    assert "elastic" in acip("info", summary["elastic"])
+
+    for source in (folder / "run", tmp_path / "small", tmp_path / "evaluation.json"):
+        plots = as_json("plot", source, "-o", tmp_path / "plots")["plots"]
+        assert plots and all((tmp_path / path).stat().st_size > 1000 for path in plots)
+
+
+def test_the_table_is_for_people(base):
+    folder, _ = base
+    result = CliRunner().invoke(cli.app, ["evaluate", str(folder / "toy"), "--no-speed", "--prompt", "w3"])
+    assert result.exit_code == 0
+    assert result.stdout == ""  # stdout is for machines
+    assert "toy" in result.stderr and "peak memory" in result.stderr
+
+
+def test_help_of_every_command_shows_an_example():
+    assert all(command in acip("--help") for command in COMMANDS)
+    for command in COMMANDS:
+        assert f"acip {command}" in acip(command, "--help").replace("\n", " "), command
+
+
+def test_compress_has_every_field_of_the_configuration():
+    import dataclasses
+
+    assert set(cli._CONFIG_HELP) == {field.name for field in dataclasses.fields(CompressionConfig)}
+    shown = CliRunner().invoke(cli.app, ["compress", "--help"], env={"COLUMNS": "200"}).stdout
+    for name in cli._CONFIG_HELP:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("materialize", "nowhere", "-s", "0.5", "-o", "x"), "nowhere is not a directory"),
+        (("materialize", "{elastic}", "-s", "1.5", "-o", "x"), "size_ratio is what is left, in (0, 1]"),
+        (("materialize", "{toy}", "-s", "0.5", "-o", "x"), "is not an elastic checkpoint"),
+        (("info", "nowhere"), "nowhere is not a directory"),
+        (("plot", "nowhere"), "nowhere does not exist"),
+        (("plot", "{toy}"), "holds nothing to plot"),
+        (("evaluate", "{toy}", "-s", "0.5"), "none of the models is one"),
+        (("compress", "{toy}", "-o", "{run}", "-d", "nowhere.txt", "--steps", "3"), "nowhere.txt"),
+        (("compress", "{toy}", "-o", "{run}", "-d", "{text}", "--steps", "3", "--length", "16"), "resume it, or give"),
+        (("compress", "{toy}", "-o", "x", "-d", "{text}", "--stop-ratio", "3"), "stop_ratio"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_status_1(base, tmp_path, monkeypatch, capsys, arguments, message):
+    folder, summary = base
+    places = {"elastic": summary["elastic"], "toy": folder / "toy", "run": folder / "run", "text": folder / "text.txt"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["acip", *(argument.format(**places) for argument in arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert message in " ".join(error.split())
+    assert "Traceback" not in error
+
+
+def test_the_command_is_installed():
+    result = subprocess.run(
+        [sys.executable, "-m", "acip_kernels", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0
+    assert "materialize" in result.stdout
+
+
+def test_demo_runs_on_any_model_and_text(base, tmp_path):
+    folder, _ = base
+    arguments = (
+        "demo",
+        "--model",
+        folder / "toy",
+        "--data",
+        folder / "text.txt",
+        "-o",
+        tmp_path / "demo",
+        "--steps",
+        4,
+    )
+    summary = as_json(*arguments)
+    rows = summary["rows"]
+    assert [(row["method"], row["size_ratio"]) for row in rows] == [
+        ("dense", 1.0),
+        *(("acip", size) for size in (1.0, 0.8, 0.6, 0.4)),
+        *(("svd", size) for size in (0.8, 0.6, 0.4)),
+    ]
+    for row in rows:
+        assert row["factorized"] <= row["size_ratio"]
+        assert row["perplexity"] > 1 and row["parameters"] > 0 and row["file_bytes"] > 0
+        assert ("decode_tokens_per_s" in row) == (row["method"] != "svd")
+    for size in ("1", "0.8", "0.6", "0.4"):
+        directory = tmp_path / "demo" / f"acip-{size}"
+        assert (directory / "model.safetensors").exists() and (directory / "README.md").exists()
+    assert {path.name for path in (tmp_path / "demo" / "plots").iterdir()} == {
+        f"{name}.{kind}"
+        for name in ("perplexity", "history", "ranks-0.8", "ranks-0.6", "ranks-0.4")
+        for kind in ("png", "svg")
+    }
+    assert json.loads((tmp_path / "demo" / "summary.json").read_text()) == summary
+    # Interrupted and started again, it goes on with the same run.
+    again = as_json(*arguments)
+    assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in rows]
