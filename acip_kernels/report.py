@@ -47,9 +47,12 @@ def rich_table(rows):
     from rich.table import Table
 
     _check_rows(rows)
-    table = Table()
+    # Narrow enough for a terminal of 80 columns.
+    table = Table(padding=0)
+    heads = {"factorized": "factor-\nized", "parameters": "para-\nmeters", "perplexity": "perplex-\nity"}
     for name, _, _ in _COLUMNS:
-        table.add_column(name, justify="left" if name == "method" else "right")
+        head = heads.get(name, name.replace(" ", "\n"))
+        table.add_column(head, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     return table
@@ -583,7 +586,7 @@ def device_description(device=None):
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 

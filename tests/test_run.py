@@ -353,7 +353,8 @@ def test_a_resumed_run_is_bit_identical(tmp_path, at, every_step):
 
 
 SCRIPT = """
-import sys, time, toys
+import sys, time, torch
+torch.set_num_threads(1)
 from test_run import make_batches, short, run
 run(config=short(40, adapter_dropout=0.2, checkpoint_seconds=float(sys.argv[2])), output=sys.argv[1],
     on_step=lambda row: (print(row["step"], flush=True), time.sleep(0.05)))

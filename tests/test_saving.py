@@ -1,6 +1,5 @@
 """Checkpoints, elastic and materialized: what they hold, that they load as they were, and what is refused."""
 
-import contextlib
 import copy
 import json
 import logging
@@ -113,10 +112,11 @@ def test_options_mean_the_same_as_in_memory(saved, options):
     assert_close(logits(model), logits(expected))
 
 
-def test_the_factorized_model_comes_back(saved):
+def test_the_factorized_model_comes_back(saved, caplog):
     result, elastic, _, _ = saved
-    again = CompressionResult.load(elastic)
-    assert isinstance(load(elastic), type(result.model))
+    with caplog.at_level(logging.WARNING):
+        again = CompressionResult.load(elastic)
+    assert not caplog.records  # nothing missing or unexpected
     layers = svd_layers(again.model)
     for name, layer in svd_layers(result.model).items():
         order = layer.scores.sort(descending=True).indices
@@ -191,7 +191,7 @@ def test_a_compact_checkpoint_refuses_another_base_model(llama, tmp_path):
     toys.llama(num_hidden_layers=1).save_pretrained(tmp_path / "shorter")
     for other, message in (
         ("other", "made from another model than .*other: model.layers.0.self_attn.q_proj differs"),
-        ("narrower", r"tensor 'model\.layers\.0\.mlp"),
+        ("narrower", "made from another model than .*narrower"),
         ("shorter", r"no linear layer 'model\.layers\.1"),
         ("nowhere", "base model cannot be loaded; give base_model"),
     ):
@@ -223,7 +223,11 @@ def test_a_bfloat16_result_keeps_its_precise_parts(root, compact, tmp_path):
         assert (layer.U.dtype, layer.S.dtype, layer.scores.dtype) == (torch.bfloat16, torch.float32, torch.float32)
         assert torch.equal(layer.scores.sort().values, result.scores[name].sort().values)
     loaded, expected = load(tmp_path / "elastic", 0.5), materialize(result, 0.5)
-    assert_same_state(loaded, expected)
+    assert ranks(loaded) == ranks(expected)
+    for name in ranks(expected):
+        # The same ranks in another order, each rounded once.
+        layer, same = (model.get_submodule(name).double().effective_weight() for model in (loaded, expected))
+        torch.testing.assert_close(layer, same, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, "bfloat16"])
@@ -389,7 +393,7 @@ def test_without_our_import_a_model_loads_right_or_not_at_all(root, llama, tmp_p
     # One import for all of them: each is loaded in a fork, whose exit status is what that program's would be.
     program = """if True:
         import multiprocessing, os, sys, torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
         torch.set_num_threads(1)
 
@@ -599,8 +603,10 @@ WRONG = {
     "all of a layer too narrow": (
         STORED,
         with_tensors(
-            lambda t: t.update({f"{UP}.{k}": t[f"{UP}.{k}"][:5].contiguous() for k in ("S", "scores", "Vh")})
-            or t.update({f"{UP}.U": t[f"{UP}.U"][:, :5].contiguous()})
+            lambda t: (
+                t.update({f"{UP}.{k}": t[f"{UP}.{k}"][:5].contiguous() for k in ("S", "scores", "Vh")})
+                or t.update({f"{UP}.U": t[f"{UP}.U"][:, :5].contiguous()})
+            )
         ),
         UP,
     ),
@@ -676,7 +682,11 @@ WRONG = {
         with_fields(lambda top, ours: ours["ranks"].update({"lm_head": 3})),
         "no linear layer 'lm_head'",
     ),
-    "ranks are a list": (MATERIALIZED, with_fields(lambda top, ours: ours.update(ranks=[3])), "ranks must be an object"),
+    "ranks are a list": (
+        MATERIALIZED,
+        with_fields(lambda top, ours: ours.update(ranks=[3])),
+        "ranks must be an object",
+    ),
     "a rank forgotten": (MATERIALIZED, with_fields(lambda top, ours: ours["ranks"].pop(UP)), UP),
     # Both: a model of 2**46 bytes would be allocated, were it not compared with the file first.
     "a vocabulary of 2**40": (
@@ -706,15 +716,16 @@ def test_no_flipped_bit_of_a_header_is_taken_for_another_model(llama, kind, tmp_
     good = file.read_bytes()
     length = int.from_bytes(good[:8], "little")
     options = () if kind == "materialized" else (0.5,)
-    expected, errors = logits(load(path, *options)), 0
+    expected, refused = logits(load(path, *options)), 0
     for position in [*range(8), *range(8, 8 + length, length // 30)]:
         file.write_bytes(good[:position] + bytes([good[position] ^ (1 << position % 7)]) + good[position + 1 :])
-        # The metadata may say what it likes.
-        with contextlib.suppress(ValueError):
-            errors -= 1
-            assert torch.equal(logits(load(path, *options)), expected)
-            errors += 1
-    assert errors < -20
+        try:
+            model = load(path, *options)
+        except ValueError:
+            refused += 1
+        else:  # in what means nothing, such as the metadata or the name of an unused tensor
+            assert torch.equal(logits(model), expected)
+    assert refused > 20
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file"])

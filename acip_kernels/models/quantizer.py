@@ -95,10 +95,15 @@ class AcipQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.kind == "factorized":
             put_svd_layers(model, config.layers)
+            # A model that starts its random weights may look for a layer's `weight` (GPT-2 does).
+            for layer in _svd_layers(model):
+                layer.weight = torch.empty(0)
             return
         put_lowrank_layers(model, config.ranks)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
+        for layer in _svd_layers(model):
+            layer.__dict__.pop("weight", None)
         _be_ordinary(model)
 
     def is_serializable(self):
@@ -164,6 +169,10 @@ def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
             **layers[name],
         )
         model.set_submodule(name, new)
+
+
+def _svd_layers(model: nn.Module) -> list[SVDLinear]:
+    return [module for module in model.modules() if isinstance(module, SVDLinear)]
 
 
 def svd_layer_options(layer: SVDLinear) -> dict:

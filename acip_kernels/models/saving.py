@@ -111,17 +111,19 @@ def load(
     path = pathlib.Path(path)
     config = _config(path)
     fields = _acip_fields(config)
-    if fields.get("kind") != "elastic":
+    acip = quantizer.AcipConfig(**fields) if fields else None
+    if acip is not None and acip.kind == "factorized":
+        raise ValueError(f"{path / 'config.json'}: kind is 'factorized'; a file is materialized or elastic")
+    if acip is None or acip.kind != "elastic":
         if size_ratio is not None:
             about = f" at {fields['size_ratio']}" if "size_ratio" in fields else ""
             raise ValueError(
                 f"{path} is not an elastic checkpoint but has one size{about}: "
                 "load it without size_ratio, or cut the elastic checkpoint that it was made from"
             )
-        if fields:
-            _check_materialized(path, config, quantizer.AcipConfig(**fields))
+        if acip is not None:
+            _check_materialized(path, config, acip)
         return _from_pretrained(path, config, dtype=dtype, device_map=device_map)
-    acip = quantizer.AcipConfig(**fields)
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
@@ -385,7 +387,7 @@ def _factorized(acip: quantizer.AcipConfig, **changes) -> quantizer.AcipConfig:
 def _base_model(model: nn.Module) -> str | None:
     """Where the model came from that `model` was made from, as far as that is known."""
     fields = _acip_fields(model.config)
-    return fields["base_model"] if "base_model" in fields else model.config._name_or_path or None
+    return fields.get("base_model", model.config._name_or_path or None)
 
 
 def _stored(path, where: dict, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -424,7 +426,7 @@ def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> 
 
 
 def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) -> None:
-    """The files are whole, and hold what `config` says: from_pretrained would start from random weights for the rest."""
+    """The files are whole and hold what `config` says: from_pretrained would take random weights for the rest."""
     model = _empty_model(path, config)
     quantizer.put_lowrank_layers(model, acip.ranks)
     state = model.state_dict(keep_vars=True)
@@ -475,7 +477,10 @@ def _config(path: pathlib.Path):
 
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
-    if "model_type" not in files.read_json(path / "config.json"):
+    fields = files.read_json(path / "config.json")
+    if not isinstance(fields.get("quantization_config") or {}, dict):
+        raise ValueError(f"{path / 'config.json'}: quantization_config is no object")
+    if "model_type" not in fields:
         raise ValueError(f"{path / 'config.json'} names no model_type: it is no transformers model")
     try:
         return AutoConfig.from_pretrained(path)
@@ -488,8 +493,6 @@ def _acip_fields(config) -> dict:
     fields = getattr(config, "quantization_config", None) or {}
     if hasattr(fields, "to_dict"):
         fields = fields.to_dict()
-    if not isinstance(fields, dict):
-        raise ValueError(f"config.json: quantization_config must be an object, got {fields!r}")
     return fields if fields.get("quant_method") == "acip" else {}
 
 

@@ -1,0 +1,51 @@
+"""The README: its numbers are those of the committed result, its quickstart runs, its names exist."""
+
+import pathlib
+import re
+
+import toys
+
+import acip_kernels
+from acip_kernels import cli, files
+from bench import readme
+
+TEXT = (readme.ROOT / "README.md").read_text("utf-8")
+
+
+def test_its_numbers_are_those_of_the_committed_result():
+    assert readme.with_block(TEXT, files.read_json(readme.RESULT)) == TEXT
+
+
+def test_its_result_shows_what_the_demo_must():
+    summary = files.read_json(readme.RESULT)
+    rows = {(row["method"], row["size_ratio"]): row for row in summary["rows"]}
+    assert abs(rows["dense", 1.0]["perplexity"] - 16.7) < 0.1
+    for size in (0.8, 0.6, 0.4):
+        acip, svd = rows["acip", size], rows["svd", size]
+        assert acip["perplexity"] < svd["perplexity"]
+        # At the same size: within a rank.
+        assert abs(acip["factorized"] - svd["factorized"]) < 1e-3
+        assert acip["factorized"] <= size
+    assert summary["seconds"] < 12 * 60
+    assert summary["peak_memory_bytes"] < 6e9
+
+
+def test_its_quickstart_runs(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert len(code.strip().splitlines()) < 10
+    monkeypatch.chdir(tmp_path)
+    toys.llama().save_pretrained("toy")
+    code = code.replace("HuggingFaceTB/SmolLM2-135M", "toy").replace("steps=200", "steps=3, adapter_rank=2")
+    names = {"batches": [{"input_ids": toys.token_ids()}]}
+    exec(code, names)
+    loaded = acip_kernels.load("smol-60")
+    assert loaded.config.quantization_config.factorized <= 0.6
+    assert pathlib.Path("runs/smol/history.jsonl").exists()
+
+
+def test_the_commands_it_names_exist():
+    commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    for name in re.findall(r"`acip (\w+)`", TEXT):
+        assert name in commands
+    targets = re.findall(r"^(\w+):", (readme.ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {"demo", "test"} <= set(targets)
