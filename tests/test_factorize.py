@@ -29,6 +29,15 @@ def test_all_linear_layers_but_the_head():
             factorize(model)
 
 
+def test_a_layer_used_in_two_places_is_replaced_in_both():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Sequential(nn.ReLU(), shared))
+    assert factorize(model) == ["0"]
+    assert isinstance(model[0], SVDLinear) and model[0] is model[1][1]
+    with pytest.raises(ValueError, match="SVDLinear.from_linear"):
+        factorize(shared)
+
+
 def test_targets_by_name_by_end_by_expression_and_without_some():
     names = list(linear_layers(toys.llama())[0])
     assert choose_targets(names) == names

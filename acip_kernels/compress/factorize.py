@@ -59,12 +59,20 @@ def factorize(
     if any(isinstance(module, SVDLinear) for module in model.modules()):
         raise ValueError("the model is factorized already")
     layers, left_out = linear_layers(model)
+    if "" in layers:
+        raise ValueError("the model is itself a linear layer: use SVDLinear.from_linear")
     names = choose_targets(layers, targets, exclude)
     if left_out:
         log.warning("left as they are, as they cannot be factorized: %s", "; ".join(left_out))
     for name in names:
         if not bool(torch.isfinite(weight_of(layers[name])).all()):
             raise ValueError(f"{name}.weight holds NaN or infinite values; the model cannot be factorized")
+
+    # A module may be used in several places; all of them get its replacement.
+    places: dict[int, list] = {}
+    for parent in model.modules():
+        for child_name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, child_name))
 
     generator = {}
     for done, name in enumerate(names, 1):
@@ -87,7 +95,8 @@ def factorize(
             backend=backend,
         )
         new.train(layer.training)
-        model.set_submodule(name, new)
+        for parent, child_name in places[id(layer)]:
+            setattr(parent, child_name, new)
         if progress is not None:
             progress(done, len(names))
     return names
