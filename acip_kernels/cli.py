@@ -57,6 +57,9 @@ def main():
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a bar for every model that is loaded says nothing
     try:
         app()
     except KeyboardInterrupt as stop:
@@ -168,18 +171,22 @@ def compress(
     from . import report
     from .compress import CompressionConfig
     from .compress import compress as run
+    from .models.saving import checkpoint_dtype
 
     settings = CompressionConfig(**config) if steps is None else CompressionConfig.short(steps, **config)
     loaded, tokenizer = _load(model, device, settings.dtype)
+    stored_dtype = checkpoint_dtype(model)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=settings.seed)
     result = run(
         loaded, batches, settings, output=output, resume=resume, svd_cache=texts.svd_cache(model), progress=not as_json
     )
+    # What is fast to compute with here is no reason to store twice the bytes.
+    result.model.to(stored_dtype or result.model.dtype)
     target = output / "elastic"
     result.save(target, compact=compact, tokenizer=tokenizer, base_model=model, overwrite=True)
     plots = [*report.plot_history(result.history, output / "plots" / "history")]
-    plots += report.plot_ranks(_ranks(result.cut(settings.stop_ratio)), output / "plots" / "ranks")
+    plots += report.plot_ranks(_ranks(result.cut(settings.stop_ratio, adapters="drop")), output / "plots" / "ranks")
     _print(
         {
             "elastic": str(target),
@@ -213,7 +220,7 @@ def materialize(
     Example: `acip materialize runs/smol/elastic --size-ratio 0.6 -o smol-60`
     """
     from . import data as texts
-    from . import load, save
+    from . import files, load, save
 
     model = load(
         elastic,
@@ -225,7 +232,9 @@ def materialize(
         base_model=base_model,
         svd_cache=texts.svd_cache(base_model or elastic),
     )
-    save(model, output, tokenizer=_tokenizer(elastic), overwrite=overwrite)
+    about = files.read_json(elastic / "config.json")["quantization_config"]
+    base = about.get("base_model") or about.get("base_name")
+    save(model, output, tokenizer=_tokenizer(elastic), base_model=base, overwrite=overwrite)
     _print({"model": str(output), **_about(model, output)}, as_json)
 
 
@@ -413,7 +422,8 @@ def plot(
 
             result = CompressionResult.load(checkpoint)
             ratio = size_ratio or (result.config.stop_ratio if result.config else 0.5)
-            written += report.plot_ranks(_ranks(result.cut(ratio)), target / f"ranks-{ratio:g}")
+            # As in the run, where the adapters were not yet ranks.
+            written += report.plot_ranks(_ranks(result.cut(ratio, adapters="drop")), target / f"ranks-{ratio:g}")
         elif (checkpoint / "config.json").exists():
             acip = files.read_json(checkpoint / "config.json").get("quantization_config", {})
             if acip.get("ranks"):

@@ -14,7 +14,7 @@ from .compress import CompressionConfig, compress, materialize
 from .compress.config import compute_dtype
 from .compress.factorize import factorize
 from .compress.scores import score_by_singular_values
-from .models.saving import save
+from .models.saving import checkpoint_dtype, save
 
 SIZES = (1.0, 0.8, 0.6, 0.4)
 PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
@@ -48,7 +48,7 @@ def run_demo(
         tokenizer = AutoTokenizer.from_pretrained(source)
         dense = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval()
         # The file is written in the dtype that the model came in, whatever is fast to compute with here.
-        stored_dtype = _checkpoint_dtype(source) or wanted
+        stored_dtype = checkpoint_dtype(source) or wanted
         training, test = _split(tokenizer, articles)
     about_model = model or "SmolLM2-135M-Instruct"
     console.print(
@@ -89,7 +89,6 @@ def run_demo(
     files.write_json(output / "run.json", {"steps": steps, "model": about_model, "config": config.to_dict()})
     console.print(f"Compressing in {steps} + {config.tune_steps} steps of {batches.tokens_per_batch} tokens")
     result = compress(dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source, cache))
-    result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
 
     models = {}
     for size in SIZES:
@@ -104,6 +103,8 @@ def run_demo(
             samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS, SAMPLE_TOKENS)
             models[len(rows) - 1] = cut
     cuts = {size: result.cut(size) for size in SIZES[1:]}
+    result.model.to(stored_dtype)
+    result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
     del result, dense
     # The floor: truncation by singular values alone, of the plain decomposition.
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval()
@@ -164,12 +165,6 @@ def _split(tokenizer, articles) -> tuple[torch.Tensor, torch.Tensor]:
         return texts.tokenize(tokenizer, articles[:-held_out]), texts.tokenize(tokenizer, articles[-held_out:])
     tokens = texts.tokenize(tokenizer, articles)
     return tokens[: -tokens.numel() // 10], tokens[-tokens.numel() // 10 :]
-
-
-def _checkpoint_dtype(source) -> torch.dtype | None:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source).dtype
 
 
 def _seconds_afterwards(window_seconds: float) -> float:

@@ -63,6 +63,7 @@ def test_materialize_evaluate_info_and_plot(base, tmp_path):
     folder, summary = base
     made = as_json("materialize", summary["elastic"], "-s", 0.6, "-o", tmp_path / "small")
     assert made["factorized"] <= 0.6 and made["size_ratio"] == 0.6
+    assert "# toy, compressed with ACIP" in (tmp_path / "small" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert made["parameters"] == sum(p.numel() for p in model.parameters())
 
@@ -93,6 +94,18 @@ def test_materialize_evaluate_info_and_plot(base, tmp_path):
     for source in (folder / "run", tmp_path / "small", tmp_path / "evaluation.json"):
         plots = as_json("plot", source, "-o", tmp_path / "plots")["plots"]
         assert plots and all((tmp_path / path).stat().st_size > 1000 for path in plots)
+
+
+def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_path):
+    folder, _ = base
+    AutoModelForCausalLM.from_pretrained(folder / "toy", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    for file in (folder / "toy").glob("tokenizer*"):
+        (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
+    options = ("--steps", 1, "--length", 16, "--batch-size", 1, "--adapter-rank", 2, "--dtype", "float32")
+    summary = as_json("compress", tmp_path / "half", "-d", folder / "text.txt", "-o", tmp_path / "run", *options)
+    as_json("materialize", summary["elastic"], "-s", 0.5, "-o", tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
 
 
 def test_the_table_is_for_people(base):

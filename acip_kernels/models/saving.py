@@ -166,6 +166,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
     from huggingface_hub import save_torch_state_dict
 
     model, layers = result.model, svd_layers(result.model)
+    # For people to read: of a directory, only its name.
+    base_name = base_model and (pathlib.Path(base_model).resolve().name if os.path.exists(base_model) else base_model)
     if not compact and base_model is not None and pathlib.Path(base_model).exists():
         base_model = None  # a path of this machine, which nothing here needs
     if compact and base_model is None:
@@ -205,6 +207,7 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
         layers={name: quantizer.svd_layer_options(layer) for name, layer in layers.items()},
         compact=compact,
         base_model=base_model,
+        base_name=base_name,
         final_size_ratio=result.size_ratio,
         compression=None if result.config is None else result.config.to_dict(),
     )
@@ -470,6 +473,13 @@ def _empty_model(path: pathlib.Path, config) -> nn.Module:
 
 
 # ---- transformers
+
+
+def checkpoint_dtype(source) -> torch.dtype | None:
+    """The dtype that the weights of a hub name or directory are stored in, as far as its config says."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source).dtype
 
 
 def _config(path: pathlib.Path):
