@@ -24,6 +24,7 @@ def test_all_linear_layers_but_the_head():
         assert len(names) == count
         assert "lm_head" not in names
         assert {name for name, module in model.named_modules() if isinstance(module, SVDLinear)} == set(names)
+        # Every product is rounded anew in float32, in all layers one after another.
         torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="factorized already"):
             factorize(model)
@@ -169,6 +170,7 @@ def test_covariances_of_any_rank_work(rank):
     x = make_inputs(rank=rank) if rank else torch.zeros(3, 24, dtype=torch.float64)
     weight = torch.randn(10, 24, dtype=torch.float64)
     U, S, Vh = whitened_svd(weight, x.t() @ x / len(x))
+    # In float64, but times the condition of the damped covariance, which a low rank makes large.
     torch.testing.assert_close((U * S) @ Vh, weight, rtol=1e-6, atol=1e-6)
 
 
