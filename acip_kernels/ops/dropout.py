@@ -1,0 +1,51 @@
+"""Dropout that keeps no mask: what is dropped follows from a seed, so the backward pass makes the choice again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import extension
+
+_WORD = 0xFFFFFFFF
+
+
+def keeps(seed: int, elements: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+    """Which of `elements` are kept, bool `[elements]`: a hash of the element's number and the 64-bit `seed`.
+
+    Every element is kept with probability `1 - p`, rounded to a multiple of 2^-32. The hash is "lowbias32" of
+    C. Wellons's Hash Function Prospector, twice, with a half of the seed before each.
+    """
+    number = torch.arange(elements, dtype=torch.int64, device=device)
+    key = (seed >> 32 & _WORD) ^ (number >> 32) * 0x9E3779B9 & _WORD
+    return _mix(_mix(number & _WORD ^ seed & _WORD) ^ key) >= threshold(p)
+
+
+def _mix(v: Tensor) -> Tensor:
+    v = v ^ v >> 16
+    v = v * 0x7FEB352D & _WORD
+    v = v ^ v >> 15
+    v = v * 0x846CA68B & _WORD
+    return v ^ v >> 16
+
+
+def threshold(p: float) -> int:
+    """Hashes below it are dropped."""
+    return min(round(p * 2**32), _WORD)
+
+
+def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`x / (1 - p)` where it is kept, else 0, for contiguous `x` of any shape; `seed` int64 `[1]`."""
+    number = int(seed)
+    if extension.takes(x):
+        return torch.ops.acip.dropout(x, number, threshold(p), 1 / (1 - p))
+    kept = keeps(number, x.numel(), p, x.device).view(x.shape)
+    return torch.where(kept, x * (1 / (1 - p)), 0).to(x.dtype)
+
+
+def add_dropped(to: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`to += drop(x, p, seed)`, in place: the gradient of `drop` at `x`."""
+    if extension.takes(x):
+        torch.ops.acip.dropout_add_(to, x, int(seed), threshold(p), 1 / (1 - p))
+        return to
+    return to.add_(drop(x, p, seed))

@@ -1,0 +1,244 @@
+// Compiled once for each instruction set, with ACIP_ISA as its name: plain loops that a compiler vectorizes.
+//
+// What bounds these functions is memory: a float32 activation of 1024 × 576 is 2.4 MB, read and written once, where
+// separate tensor operations would take three to five passes.
+#include "acip/training.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace acip {
+namespace ACIP_ISA {
+namespace {
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(float value) { return value; }
+inline double load(double value) { return value; }
+inline float load(bf16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+
+inline void store(float* to, float value) { *to = value; }
+inline void store(double* to, double value) { *to = value; }
+inline void store(bf16* to, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    // To the nearest, ties to even; a NaN stays one (rounding could carry it into infinity).
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded);
+}
+
+template <class T>
+struct Wide {
+    using type = float;
+};
+template <>
+struct Wide<double> {
+    using type = double;
+};
+template <class T>
+using wide = typename Wide<T>::type;
+
+template <class T>
+void scale_ranks(const T* z, int64_t ldz, T* out, int64_t ldout, int64_t rank, const wide<T>* s, int64_t begin,
+                 int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+        const T* from = z + t * ldz;
+        T* to = out + t * ldout;
+#pragma omp simd
+        for (int64_t i = 0; i < rank; ++i) {
+            wide<T> value = load(from[i]) * s[i];
+            store(to + i, s[i] == 0 ? wide<T>(0) : value);
+        }
+    }
+}
+
+// Columns are taken 64 at a time: their sums stay in registers or in the first cache.
+constexpr int64_t kColumns = 64;
+constexpr int64_t kTokens = 32;
+
+template <class T>
+void mask_gradient(const T* z, int64_t ldz, T* h, int64_t ldh, int64_t tokens, const wide<T>* s, wide<T>* sum,
+                   int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kColumns) {
+        int64_t n = first + kColumns < end ? kColumns : end - first;
+        wide<T> total[kColumns] = {};
+        for (int64_t block = 0; block < tokens; block += kTokens) {
+            int64_t last = block + kTokens < tokens ? block + kTokens : tokens;
+            wide<T> part[kColumns] = {};
+            for (int64_t t = block; t < last; ++t) {
+                const T* zt = z + t * ldz + first;
+                T* ht = h + t * ldh + first;
+                const wide<T>* st = s + first;
+#pragma omp simd
+                for (int64_t i = 0; i < n; ++i) {
+                    wide<T> value = load(ht[i]);
+                    part[i] += load(zt[i]) * value;
+                    store(ht + i, st[i] == 0 ? wide<T>(0) : value * st[i]);
+                }
+            }
+            for (int64_t i = 0; i < n; ++i) total[i] += part[i];
+        }
+        if (sum)
+            for (int64_t i = 0; i < n; ++i) sum[first + i] = s[first + i] == 0 ? wide<T>(0) : total[i];
+    }
+}
+
+// A counter-based generator: no state, so the backward pass makes the same choices again from the seed alone.
+// The finalizer is "lowbias32" (C. Wellons, Hash Function Prospector), once over the counter and once more with the
+// seed's other half in between.
+inline uint32_t mix(uint32_t v) {
+    v ^= v >> 16;
+    v *= 0x7feb352du;
+    v ^= v >> 15;
+    v *= 0x846ca68bu;
+    v ^= v >> 16;
+    return v;
+}
+
+template <class T, bool add>
+void dropout(const T* x, T* out, uint64_t seed, uint32_t threshold, wide<T> scale, int64_t begin, int64_t end) {
+    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    for (int64_t j = begin; j < end;) {
+        // The counter's upper half is constant over 2^32 elements.
+        int64_t stop = ((j >> 32) + 1) << 32;
+        if (stop > end) stop = end;
+        uint32_t key = high ^ (uint32_t(uint64_t(j) >> 32) * 0x9e3779b9u);
+#pragma omp simd
+        for (int64_t i = j; i < stop; ++i) {
+            bool keep = mix(mix(uint32_t(i) ^ low) ^ key) >= threshold;
+            wide<T> value = keep ? load(x[i]) * scale : wide<T>(0);
+            store(out + i, add ? load(out[i]) + value : value);
+        }
+        j = stop;
+    }
+}
+
+// e^x for x ≤ 0, to 2 units in the last place: x = n ln 2 + r with |r| ≤ ln 2 / 2, a polynomial for e^r (its Taylor
+// series to the seventh power, whose remainder is below 2e-9), and n added to the exponent.
+inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = std::nearbyint(x * 1.44269504f);
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    int32_t power = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &power, 4);
+    return p * scale;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+template <class T>
+void cross_entropy(T* logits, int64_t classes, const int64_t* labels, int64_t ignore, double grad_scale, wide<T>* loss,
+                   int64_t begin, int64_t end) {
+    using W = wide<T>;
+    constexpr int lanes = 16;
+    for (int64_t row = begin; row < end; ++row) {
+        T* x = logits + row * classes;
+        if (labels[row] == ignore) {
+            std::memset(static_cast<void*>(x), 0, classes * sizeof(T));
+            loss[row] = 0;
+            continue;
+        }
+        W most = load(x[0]);
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < classes; ++i) most = load(x[i]) > most ? load(x[i]) : most;
+        // 16 running sums, in double over blocks of 1024: vocabularies are long.
+        double sum = 0;
+        for (int64_t block = 0; block < classes; block += 1024) {
+            int64_t last = block + 1024 < classes ? block + 1024 : classes;
+            W parts[lanes] = {};
+            int64_t i = block;
+            for (; i + lanes <= last; i += lanes)
+                for (int lane = 0; lane < lanes; ++lane) parts[lane] += exponential(load(x[i + lane]) - most);
+            for (; i < last; ++i) parts[0] += exponential(load(x[i]) - most);
+            for (int lane = 0; lane < lanes; ++lane) sum += parts[lane];
+        }
+        W label_logit = load(x[labels[row]]);
+        loss[row] = W(std::log(sum)) + (most - label_logit);
+        W scale = W(grad_scale / sum);
+#pragma omp simd
+        for (int64_t i = 0; i < classes; ++i) store(x + i, exponential(load(x[i]) - most) * scale);
+        W label_grad = W(grad_scale) * (exponential(label_logit - most) / W(sum) - W(1));
+        store(x + labels[row], label_grad);
+        // exp(-87) is taken for everything below, and a logit of NaN or +inf must not become a number.
+        if (!(most - most == 0) || !std::isfinite(sum)) {
+            loss[row] = std::numeric_limits<W>::quiet_NaN();
+        }
+    }
+}
+
+// ---- by dtype
+
+#define ACIP_BY_DTYPE(CALL)   \
+    switch (dtype) {          \
+        case Dtype::f32: {    \
+            using T = float;  \
+            CALL;             \
+            break;            \
+        }                     \
+        case Dtype::f64: {    \
+            using T = double; \
+            CALL;             \
+            break;            \
+        }                     \
+        case Dtype::bf16: {   \
+            using T = bf16;   \
+            CALL;             \
+            break;            \
+        }                     \
+    }
+
+void scale_ranks_of(Dtype dtype, const void* z, int64_t ldz, void* out, int64_t ldout, int64_t rank, const void* s,
+                    int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(scale_ranks(static_cast<const T*>(z), ldz, static_cast<T*>(out), ldout, rank,
+                              static_cast<const wide<T>*>(s), begin, end))
+}
+
+void mask_gradient_of(Dtype dtype, const void* z, int64_t ldz, void* h, int64_t ldh, int64_t tokens, const void* s,
+                      void* sum, int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(mask_gradient(static_cast<const T*>(z), ldz, static_cast<T*>(h), ldh, tokens,
+                                static_cast<const wide<T>*>(s), static_cast<wide<T>*>(sum), begin, end))
+}
+
+void dropout_of(Dtype dtype, const void* x, void* out, bool add, uint64_t seed, uint32_t threshold, double scale,
+                int64_t begin, int64_t end) {
+    if (add) {
+        ACIP_BY_DTYPE((dropout<T, true>(static_cast<const T*>(x), static_cast<T*>(out), seed, threshold,
+                                        wide<T>(scale), begin, end)))
+    } else {
+        ACIP_BY_DTYPE((dropout<T, false>(static_cast<const T*>(x), static_cast<T*>(out), seed, threshold,
+                                         wide<T>(scale), begin, end)))
+    }
+}
+
+void cross_entropy_of(Dtype dtype, void* logits, int64_t classes, const int64_t* labels, int64_t ignore,
+                      double grad_scale, void* loss, int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(cross_entropy(static_cast<T*>(logits), classes, labels, ignore, grad_scale,
+                                static_cast<wide<T>*>(loss), begin, end))
+}
+
+#define ACIP_TEXT_OF(name) #name
+#define ACIP_TEXT(name) ACIP_TEXT_OF(name)
+
+}  // namespace
+
+extern const Training table;
+const Training table = {ACIP_TEXT(ACIP_ISA), scale_ranks_of, mask_gradient_of, dropout_of, cross_entropy_of};
+
+}  // namespace ACIP_ISA
+}  // namespace acip

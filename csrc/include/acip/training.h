@@ -1,0 +1,43 @@
+// What an ACIP training step does around its matrix products, on the CPU: one pass over memory each.
+//
+// Raw pointers, sizes and ranges; no torch header. Every function works on a part of its problem (a range of rows,
+// columns or elements), so that the caller's own thread pool can share it out; the result does not depend on how.
+#pragma once
+
+#include <cstdint>
+
+namespace acip {
+
+enum class Dtype { f32, f64, bf16 };
+
+// The functions of one instruction set. `z`, `h`, `x` hold `dtype`; everything per rank, and every sum, is float32
+// (float64 for f64), passed as `void*` for that reason.
+struct Training {
+    const char* name;
+
+    // out[t, i] = z[t, i] * s[i], and zero where s[i] is zero, whatever z is. Rows [begin, end); `ld*` are row strides.
+    void (*scale_ranks)(Dtype dtype, const void* z, int64_t ldz, void* out, int64_t ldout, int64_t rank, const void* s,
+                        int64_t begin, int64_t end);
+
+    // sum[i] = Σ_t z[t, i] h[t, i], then h[t, i] *= s[i] (zero where s[i] is zero, the sum too), in one pass.
+    // Columns [begin, end) of `tokens` rows. Sums run over 32 tokens at a time, and then over those, always in this
+    // order. `sum` may be null.
+    void (*mask_gradient)(Dtype dtype, const void* z, int64_t ldz, void* h, int64_t ldh, int64_t tokens, const void* s,
+                          void* sum, int64_t begin, int64_t end);
+
+    // out[j] = keep(seed, j) ? x[j] * scale : 0, or with `add`, out[j] += that. Elements [begin, end).
+    // keep(seed, j): a hash of the element's number and the seed is not below `threshold` (see training.cpp).
+    void (*dropout)(Dtype dtype, const void* x, void* out, bool add, uint64_t seed, uint32_t threshold, double scale,
+                    int64_t begin, int64_t end);
+
+    // Rows [begin, end) of logits [rows, classes]: loss[row] = log Σ exp(logits) - logits[label], and the logits are
+    // overwritten by grad_scale · (softmax - one-hot). A label of `ignore` gives a loss and a gradient of zero.
+    void (*cross_entropy)(Dtype dtype, void* logits, int64_t classes, const int64_t* labels, int64_t ignore,
+                          double grad_scale, void* loss, int64_t begin, int64_t end);
+};
+
+// By name ("portable", "avx2", "avx512"), or null for the best one that this processor runs.
+// Returns null for a name that does not exist or cannot run here.
+const Training* training(const char* isa);
+
+}  // namespace acip
