@@ -364,7 +364,7 @@ class _Run:
         tensors["scores"] = self.map.scores
         computed = [torch.zeros(size, dtype=torch.bool) for size in self.map.sizes]
         for part, layer in zip(computed, self.layers.values(), strict=True):
-            part[slice(None) if layer._live is None else layer._live.cpu()] = True
+            part[slice(None) if layer._rows is None else layer._rows.cpu()] = True
         tensors["computed"] = torch.cat(computed)
         for name, parameter in self.named_parameters().items():
             tensors[f"parameter.{name}"] = parameter

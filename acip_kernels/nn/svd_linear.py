@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import masked_svd_linear
+from ..ops.masked_svd_linear.effective import Collector, effective_linear
+from ..ops.masked_svd_linear.op import masked_svd_linear
+from ..ops.masked_svd_linear.problem import Adapter
 
 # Held in float32 whatever the model's dtype: a mask step of 5e-5 around 0.02 is lost in bfloat16.
 _PRECISE = ("S", "scores", "mask", "lora_A", "lora_B")
@@ -29,6 +30,8 @@ class SVDLinear(nn.Module):
         source_type: the class of the layer that this one replaces, "Linear" or "Conv1D" (GPT-2's, with a
             transposed weight): what a dense copy of this layer becomes.
         backend: of `masked_svd_linear`.
+
+    `save_z` (an attribute, True) keeps `x Vhᵀ` between the passes; False saves that memory and computes it again.
     """
 
     def __init__(
@@ -79,9 +82,15 @@ class SVDLinear(nn.Module):
             A.uniform_(-bound, bound, generator=generator)
             self.lora_A = nn.Parameter(A)
             self.lora_B = nn.Parameter(torch.zeros(self.out_features, adapter_rank, dtype=precise, device=U.device))
-        # The live part of the factors after compact(): never saved, as it follows from the rest.
-        self._live: Tensor | None = None
-        self._compacted: tuple[Tensor, Tensor, Tensor] | None = None
+        self.save_z = True
+        # What follows from the rest, and is never saved. After compact(): which entries are computed, and their Vh, U
+        # and S, after the adapter's if `_joined`. On the effective route: the dense weight, and what it is made of.
+        self._rows: Tensor | None = None
+        self._factors: tuple[Tensor, Tensor, Tensor] | None = None
+        self._joined = False
+        self._weight: Tensor | None = None
+        self._weight_live: Tensor | None = None
+        self._collector = Collector()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options) -> SVDLinear:
@@ -105,45 +114,140 @@ class SVDLinear(nn.Module):
         return self.mask.detach() > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._live is None:
-            U, S, Vh, mask = self.U, self.S, self.Vh, self.mask
-        else:
-            (U, S, Vh), mask = self._compacted, self.mask[self._live]
-        y = masked_svd_linear(x, Vh, U, S, mask, self.bias, mask_scale=self.mask_scale, backend=self.backend)
-        if self.adapter_rank:
-            adapted = F.dropout(x, self.adapter_dropout) if self.training and self.adapter_dropout else x
-            z = F.linear(adapted, self.lora_A.to(x.dtype))
-            y = y + F.linear(z * self.adapter_scaling, self.lora_B.to(x.dtype))
-        return y
+        adapter = self._adapter() if self.adapter_rank else None
+        if self._weight is not None and torch.is_grad_enabled():
+            return effective_linear(x, self._weight, self.mask, self.bias, adapter, self._collector)
+        Vh, U, S = self._factors or (self.Vh, self.U, self.S)
+        return masked_svd_linear(
+            x,
+            Vh,
+            U,
+            S,
+            self.mask,
+            self.bias,
+            mask_scale=self.mask_scale,
+            rows=self._rows,
+            adapter=adapter,
+            save_z=self.save_z,
+            backend=self.backend,
+        )
+
+    def _adapter(self) -> Adapter:
+        dropout = self.adapter_dropout if self.training else 0.0
+        # From torch's generator, on the CPU: whoever restores its state gets the same dropout again.
+        seed = torch.randint(2**63 - 1, (1,)) if dropout else None
+        return Adapter(self.lora_A, self.lora_B, self.adapter_scaling, self._joined, dropout, seed)
+
+    # ---- what is computed
 
     @property
     def computed_rank(self) -> int:
         """How many ranks the forward pass computes: all of them before `compact`."""
-        return self.full_rank if self._live is None else self._live.numel()
+        return self.full_rank if self._rows is None else self._rows.numel()
 
-    def compact(self, keep: Tensor | None = None) -> int:
+    def compact(self, keep: Tensor | None = None, *, join: bool = False) -> int:
         """Leave the pruned ranks out of the computation from here on, and return how many are computed.
 
         keep: bool `[k]`, the ranks to compute; None for those that are live. It must hold all of those.
+        join: keep the adapter in the same matrices as the factors, so that one product makes both. They then hold a
+            copy of it: whoever changes `lora_A` or `lora_B` has to call `write_adapter`.
 
         Results do not change beyond the order of sums: a pruned rank adds nothing to the output, and its
         gradient is zero. `mask` and `scores` keep their size and order. Ranks pruned later are masked, until the next
         call leaves them out too. After setting a mask by hand so that a pruned rank comes back, call `compact`
         or `uncompact` again; `set_live` and loading a state do so by themselves.
         """
-        live = (self.live if keep is None else keep.to(self.mask.device)).nonzero()[:, 0]
-        if live.numel() == self.full_rank:
-            self.uncompact()
+        rows = (self.live if keep is None else keep.to(self.mask.device)).nonzero()[:, 0]
+        join = join and self.adapter_rank > 0
+        if rows.numel() == 0:
+            rows = rows.new_zeros(1)  # one masked rank instead of a special case of none
+        whole = rows.numel() == self.full_rank
+        self.uncompact()
+        if whole and not join:
             return self.full_rank
-        if live.numel() == 0:
-            live = live.new_zeros(1)  # one masked rank instead of a special case of none
-        self._live = live
-        self._compacted = self.U[:, live].contiguous(), self.S[live], self.Vh[live]
-        return live.numel()
+        r = self.adapter_rank if join else 0
+        Vh = self.Vh.new_empty(r + rows.numel(), self.in_features)
+        U = self.U.new_empty(self.out_features, r + rows.numel())
+        if whole:
+            Vh[r:], U[:, r:] = self.Vh, self.U
+            # The frozen factors are held once: from here on they are a part of the joined ones.
+            self.Vh, self.U = Vh[r:], U[:, r:]
+        else:
+            torch.index_select(self.Vh, 0, rows, out=Vh[r:])
+            U[:, r:] = self.U.index_select(1, rows)
+        self._rows = None if whole else rows
+        self._factors = Vh, U, self.S if whole else self.S[rows]
+        self._joined = join
+        if join:
+            self.write_adapter()
+        return rows.numel()
 
     def uncompact(self) -> None:
         """Compute with the full factors again."""
-        self._live = self._compacted = None
+        self._rows = self._factors = None
+        self._joined = False
+
+    @torch.no_grad()
+    def write_adapter(self) -> None:
+        """Bring what `compact(join=True)` has copied of `lora_A` and `lora_B` up to date."""
+        if self._joined:
+            Vh, U, _ = self._factors
+            Vh[: self.adapter_rank] = self.lora_A
+            U[:, : self.adapter_rank] = self.lora_B
+
+    @torch.no_grad()
+    def take_route(self, route: str) -> None:
+        """Compute by `route` when gradients are wanted, "factored" or "effective" (see `acip_kernels.plan`).
+
+        "effective" holds a dense weight `[out_features, in_features]` beside the factors. Its gradients for the mask,
+        and without dropout for the adapter, come with `collect_gradients`, which has to be called before the
+        optimizer's step; and `update_weight` after it.
+        """
+        if route == "factored":
+            self._weight = self._weight_live = None
+        elif self._weight is None:
+            self._make_weight(self.live)
+
+    @property
+    def route(self) -> str:
+        return "factored" if self._weight is None else "effective"
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """On the effective route: add the gradients of all backward passes since the last call to `mask.grad` etc."""
+        Vh, U, S = self._factors or (self.Vh, self.U, self.S)
+        r = self.adapter_rank if self._joined else 0
+        live = self.mask if self._rows is None else self.mask[self._rows]
+        adapter = self._adapter() if self.adapter_rank else None
+        found = self._collector.gradients(Vh[r:], U[:, r:], S, live, self.mask_scale, adapter)
+        if found is None:
+            return
+        dmask, dA, dB = found
+        if self._rows is not None:
+            dmask = torch.zeros_like(self.mask).index_copy_(0, self._rows, dmask)
+        for parameter, gradient in ((self.mask, dmask), (getattr(self, "lora_A", None), dA), (getattr(self, "lora_B", None), dB)):
+            if gradient is not None and parameter.requires_grad:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    @torch.no_grad()
+    def update_weight(self) -> None:
+        """On the effective route: take out of the dense weight what has died."""
+        if self._weight is None:
+            return
+        live = self.live
+        died = (self._weight_live & ~live).nonzero()[:, 0]
+        if died.numel() == 0:
+            return
+        if self._weight.element_size() >= 4 and died.numel() < live.sum():
+            self._weight.addmm_(self.U[:, died] * self.S[died], self.Vh[died], alpha=-1)
+            self._weight_live = live
+        else:  # in half precision every difference would be rounded again
+            self._make_weight(live)
+
+    def _make_weight(self, live: Tensor) -> None:
+        dtype = self.S.dtype
+        weight = (self.U[:, live].to(dtype) * self.S[live]) @ self.Vh[live].to(dtype)
+        self._weight, self._weight_live = weight.to(self.U.dtype), live
 
     @torch.no_grad()
     def set_live(self, live: Tensor) -> None:
@@ -151,6 +255,7 @@ class SVDLinear(nn.Module):
         if live.dtype != torch.bool or live.shape != self.mask.shape:
             raise ValueError(f"SVDLinear: live must be bool [{self.full_rank}], got {live.dtype} {list(live.shape)}")
         self.mask.copy_(torch.where(live.to(self.mask.device), self.mask_scale, 0.0))
+        self.take_route("factored")
         self.compact()
 
     def effective_weight(self, *, adapter: bool = True) -> Tensor:
@@ -164,6 +269,7 @@ class SVDLinear(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         self.uncompact()
+        self.take_route("factored")
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
@@ -173,9 +279,11 @@ class SVDLinear(nn.Module):
             after = getattr(self, name)
             if after.is_floating_point() and torch.finfo(after.dtype).bits < 32:
                 after.data = tensor.to(after.device)
-        if self._live is not None:
-            live, self._live = self._live, self._live.to(self.U.device)
-            self._compacted = self.U[:, live].contiguous(), self.S[live], self.Vh[live]
+        if self._rows is not None:
+            self.compact(torch.zeros_like(self.mask, dtype=torch.bool).index_fill_(0, self._rows.to(self.mask.device), True))
+        else:
+            self.uncompact()
+        self.take_route("factored")
         return self
 
     def extra_repr(self):

@@ -180,17 +180,18 @@ def _backward_operator(
     dx, dmask, dA, dB = chosen.backward(gradients, tokens, z, Vh, U, S, live, mask_scale, adapter, need_x)
     if rows is not None:
         dmask = torch.zeros_like(mask).index_copy_(0, rows, dmask)
-    none = g.new_empty(0)
-    # Adapters are float32 whatever the products are.
-    dA, dB = (none, none) if dA is None else (dA.to(A.dtype), dB.to(B.dtype).contiguous())
-    return none if dx is None else dx.view(*g.shape[:-1], dx.shape[1]), dmask, dA, dB
+    if dA is None:
+        dA, dB = g.new_empty(0), g.new_empty(0)
+    else:  # the adapters are float32 whatever the products are
+        dA, dB = dA.to(A.dtype), dB.to(B.dtype).contiguous()
+    dx = g.new_empty(0) if dx is None else dx.view(*g.shape[:-1], dx.shape[1])
+    return dx, dmask, dA, dB
 
 
 @_backward_operator.register_fake
 def _(g, x, z, Vh, U, S, mask, rows, A, B, seed, scaling, joined, dropout, mask_scale, save_z, need_x, backend):
-    none = g.new_empty(0)
-    dx = g.new_empty((*g.shape[:-1], Vh.shape[1])) if need_x else none
-    dA, dB = (none, none) if A is None else (torch.empty_like(A), torch.empty_like(B))
+    dx = g.new_empty((*g.shape[:-1], Vh.shape[1]) if need_x else 0)
+    dA, dB = (g.new_empty(0), g.new_empty(0)) if A is None else (torch.empty_like(A), torch.empty_like(B))
     return dx, torch.empty_like(mask), dA, dB
 
 
