@@ -222,24 +222,28 @@ class Ours:
     """(d): this package's training step."""
 
     def __init__(self, setting: Setting):
-        # Imported here so that the other variants can be measured beside any version of the package.
-        from acip_kernels.compress.step import TrainingStep
-
         self.model = setting.factorized_model()
         self.layers = list(svd_layers(self.model).values())
-        config = CompressionConfig(adapter_dropout=setting.dropout, dtype=name_of(setting.dtype))
-        self.engine = TrainingStep(self.model, config)
-        self.ranks = sum(layer.full_rank for layer in self.layers)
+        self.config = CompressionConfig(adapter_dropout=setting.dropout, dtype=name_of(setting.dtype))
+        self.engine = None
+        self.resize(1.0)
 
     @torch.no_grad()
     def resize(self, ratio: float) -> bool:
+        # Imported here so that the other variants can be measured beside any version of the package.
+        from acip_kernels.compress.step import TrainingStep
+
+        if self.engine is not None:
+            self.engine.finish()
         self.ranks = 0
         for layer in self.layers:
             live = live_at(ratio, layer.out_features, layer.in_features).to(layer.mask.device)
             layer.set_live(live)
-            # Not 0 for what is pruned, as above.
-            layer.mask.masked_fill_(~live, -layer.mask_scale)
+            layer.uncompact()  # what is left out, and in what layout, is for the step to choose
             self.ranks += int(live.sum())
+        # A new one for each size: it knows the masks from its start, and has no momentum that would bring what is
+        # pruned back to life.
+        self.engine = TrainingStep(self.model, self.config)
         self.engine.compact(everything=True)
         return True
 
@@ -290,6 +294,13 @@ def dense_flops(tokens: int, out: int, in_: int) -> int:
 def factors_flops(tokens: int, rank: int, out: int, in_: int) -> int:
     """Two frozen factors: z = x Vhᵀ and y = z Uᵀ, h = g U and dx = h Vh; the mask's gradient comes from z and h."""
     return 4 * tokens * rank * (out + in_)
+
+
+def effective_flops(tokens: int, rank: int, out: int, in_: int) -> int:
+    """The same through its dense matrix W = U diag(S β) Vh: y = x Wᵀ, dx = g W and M = gᵀ x; then the mask's gradient
+    from Uᵀ M and Vh, which the number of tokens does not enter.
+    """
+    return 6 * tokens * out * in_ + 2 * rank * out * in_
 
 
 def adapter_flops(tokens: int, out: int, in_: int) -> int:
@@ -357,10 +368,12 @@ def layer_flops(variant: str, ratio: float, tokens: int, out: int, in_: int) -> 
     """One linear layer with its adapter, forward and backward."""
     if variant.startswith("peft"):
         product = dense_flops(tokens, out, in_)
+    elif variant == "two products":
+        product = factors_flops(tokens, min(out, in_), out, in_)  # it multiplies by the pruned ranks too
     else:
-        # The two-products layer multiplies by the pruned ranks too.
-        rank = rank_at(ratio if variant == "ours" else 1.0, out, in_)
-        product = factors_flops(tokens, rank, out, in_)
+        # Both ways give the same, so the cheaper one is the floor, whichever way is taken.
+        rank = rank_at(ratio, out, in_)
+        product = min(factors_flops(tokens, rank, out, in_), effective_flops(tokens, rank, out, in_))
     return product + adapter_flops(tokens, out, in_)
 
 
@@ -447,9 +460,9 @@ def bench_steps(setting: Setting, variants, ratios, two_products_ratios, rounds:
     built, losses, skipped = {}, {}, {}
     for name in variants:
         say(f"building {name}")
-        built[name] = build(name, setting)
-        built[name].resize(1.0)
         try:
+            built[name] = build(name, setting)
+            built[name].resize(1.0)
             losses[name] = built[name].step(ids)
             built[name].step(ids)  # the second one finds every buffer and every state of the optimizer in place
         except Exception as error:
@@ -458,7 +471,7 @@ def bench_steps(setting: Setting, variants, ratios, two_products_ratios, rounds:
                 raise
             skipped[name] = first_line(error)
             say(f"{name} is left out: {skipped[name]}")
-            del built[name]
+            built.pop(name, None)
     bound = check_losses(losses, shapes, setting.dtype)
 
     cases = cases_of(built, ratios, two_products_ratios)
@@ -521,7 +534,9 @@ def first_line(error: BaseException) -> str:
 
 
 def measure_memory(setting: Setting, name: str, ratio: float) -> dict:
-    """In a process of its own: the peak after three steps, of everything in the process."""
+    """In a process of its own: the peak after three steps, of everything in the process, its libraries (and for
+    "peft compiled" the compiler) included.
+    """
     variant, ids = build(name, setting), setting.first_ids()
     variant.resize(ratio)
     built = peak_bytes(setting.device)
@@ -631,7 +646,10 @@ class PeftLinear(nn.Module):
 def bench_layers(
     device, dropout: float, tokens: int, rounds: int, ratios, two_products_ratios, dtypes, say, layers=LLAMA_8B_LAYERS
 ) -> list[dict]:
-    """Forward and backward of one layer of each [out, in] of `layers`: a row for every variant, size and dtype."""
+    """Forward and backward of one layer of each [out, in] of `layers`: a row for every variant, size and dtype.
+
+    Ours is `SVDLinear` by itself, through its factors: the dense matrix is a choice of the training step.
+    """
     rows = []
     for dtype, (out, in_) in itertools.product(dtypes, layers):
         say(f"layer {out} × {in_}, {name_of(dtype)}")
@@ -757,17 +775,21 @@ def result_path(device_name: str, dtype: torch.dtype) -> pathlib.Path:
 # ---- the command line
 
 
+def listed(values) -> str:
+    return ", ".join(map(str, values))
+
+
 def main(
     variant: Annotated[
         list[str] | None,
-        typer.Option(help=f"Only this one's steps and memory (repeatable): {', '.join(VARIANTS)}. All if not given."),
+        typer.Option(help=f"Only this one's steps and memory (repeatable): {listed(VARIANTS)}. All if not given."),
     ] = None,
     ratio: Annotated[
-        list[float] | None, typer.Option(help=f"Live size of ours (repeatable). [default: {RATIOS}]")
+        list[float] | None, typer.Option(help=f"Live size of ours (repeatable). Default: {listed(RATIOS)}.")
     ] = None,
     two_products_ratio: Annotated[
         list[float] | None,
-        typer.Option(help=f"Live size of “two products” (repeatable). [default: {TWO_PRODUCTS_RATIOS}]"),
+        typer.Option(help=f"Live size of “two products” (repeatable). Default: {listed(TWO_PRODUCTS_RATIOS)}."),
     ] = None,
     steps: Annotated[bool, typer.Option(help="Time single steps.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the single steps; medians are shown.")] = 5,
@@ -781,7 +803,7 @@ def main(
     layer_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the single layers.")] = 3,
     layer_dtype: Annotated[
         list[str] | None,
-        typer.Option(help="Of the single layers (repeatable). [default: float32 and bfloat16]"),
+        typer.Option(help="Of the single layers (repeatable). Default: float32, bfloat16."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a step.")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Tokens a sequence.")] = 512,
@@ -798,7 +820,7 @@ def main(
     ] = None,
     output: Annotated[
         pathlib.Path | None,
-        typer.Option(help="JSON file of the result. [default: bench/results/training_step-<device>-<dtype>.json]"),
+        typer.Option(help="JSON file of the result. Default: bench/results/training_step-<device>-<dtype>.json."),
     ] = None,
     memory_of: Annotated[str | None, typer.Option(hidden=True, help="variant@ratio, for the processes.")] = None,
 ):
@@ -806,6 +828,8 @@ def main(
 
     Example: python -m bench.training_step --no-layers --run-steps 0 --rounds 3
     """
+    from transformers.utils import logging as transformers_logging
+
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     names = tuple(variant or VARIANTS)
     if unknown := set(names) - set(VARIANTS):
@@ -819,6 +843,7 @@ def main(
     plain_ratios = tuple(two_products_ratio or TWO_PRODUCTS_RATIOS)
     setting = Setting(model, where, compute_dtype(dtype, where), dropout, batch, length)
     torch.manual_seed(0)
+    transformers_logging.disable_progress_bar()
     if memory_of is not None:
         name, _, size = memory_of.rpartition("@")
         print(json.dumps(measure_memory(setting, name, float(size))))

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from ..plan import ROUTES
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -39,6 +41,9 @@ class CompressionConfig:
             scores and adapters are float32 in any case.
         gradient_accumulation: batches a step. gradient_checkpointing: recompute activations to save memory.
         compact_every: steps between two checks whether pruned ranks are worth leaving out; 0 for never.
+        route: "auto", for each layer the cheaper of the two ways to compute it; or "factored" or "effective" for all
+            (see `acip_kernels.plan`). save_z: keep `x Vhᵀ` of every layer for the backward pass, as much memory as
+            the layers' inputs; False computes it again. lean_loss: never store all logits, where that is the same loss.
         checkpoint_seconds: time between two checkpoints of the run.
         seed: of the adapters' start and of dropout.
     """
@@ -68,7 +73,10 @@ class CompressionConfig:
     dtype: str = "auto"
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
-    compact_every: int = 8
+    compact_every: int = 1
+    route: str = "auto"
+    save_z: bool = True
+    lean_loss: bool = True
     checkpoint_seconds: float = 120.0
     seed: int = 0
 
@@ -101,6 +109,8 @@ class CompressionConfig:
         ):
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
+        if self.route not in ("auto", *ROUTES):
+            raise ValueError(f"route must be 'auto' or one of {', '.join(ROUTES)}, got {self.route!r}")
         if self.basis not in ("weights", "activations"):
             raise ValueError(f"basis must be 'weights' or 'activations', got {self.basis!r}")
         if not self.lambda_growth >= 1:

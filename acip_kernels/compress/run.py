@@ -25,8 +25,8 @@ from .config import CompressionConfig, compute_dtype
 from .factorize import factorize, svd_layers
 from .materialize import Cut, model_cut
 from .progress import RunProgress
-from .scores import ScoreMap
 from .sizing import Sizing
+from .step import TrainingStep, with_labels
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
@@ -151,7 +151,10 @@ class _Run:
             covariances = None
             if config.basis == "activations":
                 names = choose_targets(linear_layers(self.model)[0], config.targets, config.exclude)
-                first = (self.inputs(b) for b in itertools.islice(self.batches_from(0), config.calibration_batches))
+                first = (
+                    with_labels(b, self.device)
+                    for b in itertools.islice(self.batches_from(0), config.calibration_batches)
+                )
                 with self.bar.counting("inputs", "batches") as advance:
                     covariances = input_covariances(self.model, names, first, advance, config.calibration_batches)
             with self.bar.counting("SVD", "layers") as advance:
@@ -171,24 +174,11 @@ class _Run:
         if quantizer.is_transformers(self.model):
             quantizer.attach_factorized(self.model)
         self.layers = svd_layers(self.model)
-        self.map = ScoreMap(self.layers)
         self.sizing = Sizing.of(self.model, adapters=False)
-        self.dense_total = int(self.sizing.dense.sum())
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        self.masks, self.adapters = {}, {}
-        for name, layer in self.layers.items():
-            self.masks[name] = layer.mask.requires_grad_(True)
-            if layer.adapter_rank:
-                self.adapters[f"{name}.lora_A"] = layer.lora_A.requires_grad_(True)
-                self.adapters[f"{name}.lora_B"] = layer.lora_B.requires_grad_(True)
-        groups = [{"params": list(self.masks.values()), "lr": config.mask_learning_rate}]
-        if self.adapters:
-            groups.append({"params": list(self.adapters.values()), "lr": config.adapter_learning_rate})
-        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
+        self.training = TrainingStep(self.model, config)
+        self.map, self.optimizer = self.training.map, self.training.optimizer
         if config.gradient_checkpointing:
             _checkpointing(self.model, "enable")({"use_reentrant": False})
-        self.model.train()
 
     def go(self) -> CompressionResult:
         devices = [self.device] if self.device.type == "cuda" else []
@@ -206,8 +196,7 @@ class _Run:
             self.bar.update(self)
             while self.phase != "done":
                 self.one_step()
-        self.map.write_back()
-        self.model.eval()
+        self.training.finish()
         if self.config.gradient_checkpointing:
             _checkpointing(self.model, "disable")()
         return CompressionResult(self.model, self.config, self.history, self.ratio())
@@ -221,47 +210,35 @@ class _Run:
         started = time.monotonic()
         config, pruning = self.config, self.phase == "prune"
         random_state, consumed = _random_state(self.device), self.consumed
-        loss = torch.zeros((), device=self.device)
-        for _ in range(config.gradient_accumulation):
-            batch = next(self.feed)
-            self.consumed += 1
-            batch_loss = self.model(**self.inputs(batch)).loss / config.gradient_accumulation
-            batch_loss.backward()
-            loss += batch_loss.detach()
+        batches = list(itertools.islice(self.feed, config.gradient_accumulation))
+        self.consumed += len(batches)
         penalty = config.lambda_at(self.step) if pruning else None
-        if pruning:
-            # The gradient of λ Σ max(m, 0), without building a graph for it.
-            for mask in self.masks.values():
-                mask.grad.add_(mask.detach() > 0, alpha=penalty)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        outcome = self.training(batches, penalty)
+        if not outcome.finite:
             self.consumed = consumed
-            self.fail_not_finite(loss_value, norm_value, random_state)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.fail_not_finite(outcome.loss, outcome.gradient_norm, random_state)
 
         cut_at_once = 0
+        ranks = torch.tensor(outcome.ranks)
         if pruning:
-            self.map.update()
-            ratio = self.ratio()
+            ratio = self.sizing.ratio(ranks)
             if ratio > config.stop_ratio and self.step + 1 == config.max_prune_steps:
                 cut_at_once = self.cut_the_rest()
-                ratio = self.ratio()
+                ranks = self.map.ranks().cpu()
+                ratio = self.sizing.ratio(ranks)
             if config.compact_every and (self.step + 1) % config.compact_every == 0:
-                self.compact()
+                self.training.compact()
         else:
             ratio = self.history[-1]["size_ratio"]
         self.seconds += time.monotonic() - started
         row = {
             "step": self.step,
             "phase": self.phase,
-            "loss": loss_value,
+            "loss": outcome.loss,
             "lambda": penalty,
             "size_ratio": ratio,
-            "pruned": self.map.scores.numel() - int(self.map.ranks().sum()),
-            "gradient_norm": norm_value,
+            "pruned": self.map.scores.numel() - int(ranks.sum()),
+            "gradient_norm": outcome.gradient_norm,
             "seconds": round(self.seconds, 3),
         }
         if cut_at_once:
@@ -273,27 +250,14 @@ class _Run:
             self.phase = "done"
         self.record(row)
 
-    def inputs(self, batch: dict) -> dict:
-        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        if "labels" not in batch:
-            labels = batch["input_ids"]
-            if "attention_mask" in batch:
-                labels = labels.masked_fill(batch["attention_mask"] == 0, -100)
-            batch["labels"] = labels
-        return batch
-
     def start_tuning(self) -> None:
         self.phase, self.tune_start = "tune", self.step
-        self.compact(everything=True)
+        self.training.compact(everything=True)
         self.freeze_masks()
 
     def freeze_masks(self) -> None:
-        for mask in self.masks.values():
-            mask.requires_grad_(False)
-        if self.adapters:
-            rate = self.config.tune_learning_rate
-            self.optimizer.param_groups[1]["lr"] = self.config.adapter_learning_rate if rate is None else rate
-        else:
+        self.training.freeze_masks()
+        if not self.training.adapters:
             self.phase = "done"  # nothing is left to train
 
     def cut_the_rest(self) -> int:
@@ -302,22 +266,14 @@ class _Run:
         live = self.sizing.cut(masks, self.config.stop_ratio)
         before = int(self.map.ranks().sum())
         with torch.no_grad():
-            for name, mask in self.masks.items():
-                mask.clamp_(max=0.0) if not live[name].any() else mask.masked_fill_(
-                    ~live[name].to(mask.device) & (mask > 0), 0.0
-                )
+            flat = torch.cat([live[name] for name in self.layers]).to(self.device)
+            self.map.masks.masked_fill_(~flat & (self.map.masks > 0), 0.0)
+        for layer in self.layers.values():
+            layer.update_weight()
         # As if the step itself had pruned them: first time, hence -1.
         scores, masks = self.map.scores, self.map.flat_masks()
         self.map.scores = torch.where((scores > 0) & (masks <= 0), -torch.ones_like(scores), scores)
         return before - int(self.map.ranks().sum())
-
-    def compact(self, everything: bool = False) -> None:
-        """Leave out what was pruned where that is a tenth or more of what is computed: copying has its price."""
-        if not self.config.compact_every:
-            return
-        for layer, rank in zip(self.layers.values(), self.map.ranks().tolist(), strict=True):
-            if rank < layer.computed_rank * (1.0 if everything else 0.9):
-                layer.compact()
 
     # ---- batches
 
@@ -356,22 +312,19 @@ class _Run:
             raise KeyboardInterrupt(f"stopped after step {self.step - 1}; resume goes on from there")
 
     def named_parameters(self) -> dict[str, Tensor]:
-        return {f"{name}.mask": mask for name, mask in self.masks.items()} | self.adapters
+        return {"masks": self.map.masks} | self.training.adapters
 
     def save_checkpoint(self, random_state=None) -> None:
         random_state = random_state or _random_state(self.device)
         tensors = {f"random.{key}": value for key, value in random_state.items()}
         tensors["scores"] = self.map.scores
-        computed = [torch.zeros(size, dtype=torch.bool) for size in self.map.sizes]
-        for part, layer in zip(computed, self.layers.values(), strict=True):
-            part[slice(None) if layer._rows is None else layer._rows.cpu()] = True
-        tensors["computed"] = torch.cat(computed)
+        tensors["computed"] = torch.cat([self.training.computed(layer) for layer in self.layers.values()])
         for name, parameter in self.named_parameters().items():
             tensors[f"parameter.{name}"] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{key}.{name}"] = value
         about = {
-            "format_version": 1,
+            "format_version": 2,
             "step": self.step,
             "phase": self.phase,
             "tune_start": self.tune_start,
@@ -391,7 +344,7 @@ class _Run:
         path = self.output / CHECKPOINT
         with files.open_tensors(path) as file:
             about = json.loads((file.metadata() or {}).get("acip", "{}"))
-            if about.get("format_version") != 1:
+            if about.get("format_version") != 2:
                 raise ValueError(f"{path} is not a checkpoint of this version's compress()")
             self.check_same_run(path, about)
             tensors = {name: files.read_tensor(file, path, name) for name in list(file.keys())}
@@ -399,7 +352,7 @@ class _Run:
         self.consumed, self.seconds = about["consumed"], about["seconds"]
         with torch.no_grad():
             for name, parameter in self.named_parameters().items():
-                parameter.copy_(tensors[f"parameter.{name}"])
+                parameter.copy_(tensors[f"parameter.{name}"])  # masks: into every layer's, which are its parts
                 state = {
                     key: tensors[f"{key}.{name}"]
                     for key in ("step", "exp_avg", "exp_avg_sq")
@@ -410,7 +363,7 @@ class _Run:
                     self.optimizer.state[parameter] = {key: value.to(on[key]) for key, value in state.items()}
         self.map.scores = tensors["scores"].to(self.map.scores.device)
         for name, keep in self.map.split(tensors["computed"]).items():
-            self.layers[name].compact(keep)
+            self.layers[name].compact(keep, join=True)
         rows = read_history(self.output / HISTORY)
         self.history = [row for row in rows if row["step"] < self.step]
         # Steps after the checkpoint are made again.
@@ -436,7 +389,6 @@ class _Run:
                 raise ValueError(f"{path} is of another model: the singular values of {name} differ")
 
     def fail_not_finite(self, loss: float, norm: float, random_state) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
         what = f"loss is {loss}" if not math.isfinite(loss) else f"norm of the gradient is {norm}"
         advice = "lower the learning rates, or compute in float32"
         if self.output is None:

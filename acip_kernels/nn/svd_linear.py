@@ -225,24 +225,23 @@ class SVDLinear(nn.Module):
         dmask, dA, dB = found
         if self._rows is not None:
             dmask = torch.zeros_like(self.mask).index_copy_(0, self._rows, dmask)
-        for parameter, gradient in ((self.mask, dmask), (getattr(self, "lora_A", None), dA), (getattr(self, "lora_B", None), dB)):
+        for parameter, gradient in (
+            (self.mask, dmask),
+            (getattr(self, "lora_A", None), dA),
+            (getattr(self, "lora_B", None), dB),
+        ):
             if gradient is not None and parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     @torch.no_grad()
     def update_weight(self) -> None:
-        """On the effective route: take out of the dense weight what has died."""
-        if self._weight is None:
-            return
-        live = self.live
-        died = (self._weight_live & ~live).nonzero()[:, 0]
-        if died.numel() == 0:
-            return
-        if self._weight.element_size() >= 4 and died.numel() < live.sum():
-            self._weight.addmm_(self.U[:, died] * self.S[died], self.Vh[died], alpha=-1)
-            self._weight_live = live
-        else:  # in half precision every difference would be rounded again
-            self._make_weight(live)
+        """On the effective route: make the dense weight again if an entry has died.
+
+        Made anew, not by subtracting what died: that would be cheaper, but would add up rounding errors, and a run that
+        was interrupted would go on with other bits.
+        """
+        if self._weight is not None and bool((self._weight_live & ~self.live).any()):
+            self._make_weight(self.live)
 
     def _make_weight(self, live: Tensor) -> None:
         dtype = self.S.dtype
@@ -280,7 +279,9 @@ class SVDLinear(nn.Module):
             if after.is_floating_point() and torch.finfo(after.dtype).bits < 32:
                 after.data = tensor.to(after.device)
         if self._rows is not None:
-            self.compact(torch.zeros_like(self.mask, dtype=torch.bool).index_fill_(0, self._rows.to(self.mask.device), True))
+            self.compact(
+                torch.zeros_like(self.mask, dtype=torch.bool).index_fill_(0, self._rows.to(self.mask.device), True)
+            )
         else:
             self.uncompact()
         self.take_route("factored")

@@ -28,9 +28,7 @@ def products(x: Tensor, Vh: Tensor, adapter: Adapter | None) -> Tensor:
     return torch.cat([F.linear(dropped, A), F.linear(x, Vh)], 1)
 
 
-def forward(
-    z: Tensor, U: Tensor, S: Tensor, mask: Tensor, bias: Tensor | None, adapter: Adapter | None
-) -> Tensor:
+def forward(z: Tensor, U: Tensor, S: Tensor, mask: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
     """`y [tokens, out] = (z ⊙ S ⊙ β) Uᵀ + bias`, and the adapter's part, for `z` of `products`."""
     if adapter is None:
         return F.linear(keep_live(scale_ranks(z, S), mask), U, bias)
@@ -55,7 +53,7 @@ def backward(
 
     `∂L/∂x = (h ⊙ S ⊙ β) Vh`; `∂L/∂mask_i = 1[mask_i > 0] · (1/mask_scale) · S_i · Σ_tokens z_i h_i`.
     The factors are frozen and have no gradient; a pruned entry's is exactly zero. The adapter's: with
-    `h_A = (α/r) g B`, `∂L/∂A = h_Aᵀ x̃` and `∂L/∂B = (α/r) gᵀ (x̃ Aᵀ)`, and its part of `∂L/∂x` is dropped out as `x` was.
+    `h_A = (α/r) g B`, `∂L/∂A = h_Aᵀ x̃` and `∂L/∂B = (α/r) gᵀ (x̃ Aᵀ)`; its part of `∂L/∂x` is dropped as `x` was.
     """
     dx = dA = dB = None
     if adapter is not None:

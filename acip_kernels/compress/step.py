@@ -1,0 +1,192 @@
+"""One optimizer step of an ACIP run: what is dead is left out, what is left goes the short way."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..models.loss import IGNORE, CausalLoss
+from ..plan import training_plan
+from .config import CompressionConfig
+from .factorize import svd_layers
+from .scores import ScoreMap, updated_scores
+
+# Ranks that are computed are a multiple of this, while there are dead ones to fill up with: products of other widths
+# were up to 6 % slower (float32, AVX2).
+RANK_MULTIPLE = 8
+# What has to have died of a layer's computed ranks for a copy of the rest to be made: the copy costs about as much as
+# 2 % of a step, once.
+WORTH_COMPACTING = 1 / 32
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOutcome:
+    """loss: mean over the batches, without the penalty. gradient_norm: of everything trained, with it. ranks: live
+    ones of each layer, after the step. finite: False if nothing was changed, because loss or gradient were not."""
+
+    loss: float
+    gradient_norm: float
+    ranks: list[int]
+    finite: bool
+
+
+class TrainingStep:
+    """`step([batch, ...], penalty)`: forward, backward and AdamW for the masks and adapters of a factorized model.
+
+    Freezes everything but masks and adapters. All masks become parts of one flat parameter (`map.masks`), so that the
+    penalty, AdamW and the scores are a call each. Numbers come to the host once, at a step's end.
+
+    Args:
+        model: with `SVDLinear` layers, all on one device.
+        config: learning rates, `compact_every` (0 leaves dead ranks in), `route`, `save_z`, `lean_loss`.
+    """
+
+    def __init__(self, model: nn.Module, config: CompressionConfig):
+        self.model, self.config = model, config
+        self.layers = svd_layers(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.map = ScoreMap(self.layers)
+        self.device = self.map.masks.device
+        self.adapters: dict[str, nn.Parameter] = {}
+        for name, layer in self.layers.items():
+            layer.mask.requires_grad_(True)
+            layer.save_z = config.save_z
+            if layer.adapter_rank:
+                self.adapters[f"{name}.lora_A"] = layer.lora_A.requires_grad_(True)
+                self.adapters[f"{name}.lora_B"] = layer.lora_B.requires_grad_(True)
+        groups = [{"params": [self.map.masks], "lr": config.mask_learning_rate}]
+        if self.adapters:
+            groups.append({"params": list(self.adapters.values()), "lr": config.adapter_learning_rate})
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
+        self.loss = CausalLoss(model, None if config.lean_loss else False)
+        self.tokens = 0
+        model.train()
+
+    def __call__(self, batches: list[dict], penalty: float | None = None) -> StepOutcome:
+        """One step over `batches`, whose losses are averaged; `penalty` is λ, None once the masks are frozen."""
+        pruning = penalty is not None
+        self._prepare(batches)
+        if pruning:
+            self.map.masks.grad.zero_()
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            batch_loss = self.loss(with_labels(batch, self.device)) / len(batches)
+            batch_loss.backward()
+            loss += batch_loss.detach()
+        for layer in self.layers.values():
+            layer.collect_gradients()
+        trained = [p.grad for p in self.adapters.values() if p.grad is not None]
+        if pruning:
+            # The gradient of λ Σ max(m, 0), without building a graph for it.
+            masks = self.map.masks
+            masks.grad.add_(masks.detach() > 0, alpha=penalty)
+            trained.append(masks.grad)
+        norm = torch.nn.utils.get_total_norm(trained) if trained else loss.new_zeros(())
+        # AdamW looks at this flag itself and changes nothing where it is set: no need to wait for the answer here.
+        self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
+        self.optimizer.step()
+        for parameter in self.adapters.values():
+            parameter.grad = None
+
+        scores = updated_scores(self.map.scores, self.map.masks.detach()) if pruning else self.map.scores
+        ranks = self.map.ranks(scores)
+        numbers = torch.cat([torch.stack([loss.double(), norm.double()]), ranks.double()]).tolist()
+        finite = all(map(math.isfinite, numbers[:2]))
+        if finite:
+            self.map.scores = scores
+            for layer in self.layers.values():
+                layer.write_adapter()
+                if pruning:
+                    layer.update_weight()
+        return StepOutcome(numbers[0], numbers[1], [int(rank) for rank in numbers[2:]], finite)
+
+    def freeze_masks(self) -> None:
+        """From here on the adapters alone are trained, at the tuning phase's rate."""
+        for layer in self.layers.values():
+            layer.mask.requires_grad_(False)
+            layer.mask.grad = None
+            layer.take_route("factored")
+        self.map.masks.grad = None  # AdamW would go on by its momentum
+        self.map.masks.requires_grad_(False)
+        if self.adapters:
+            rate = self.config.tune_learning_rate
+            self.optimizer.param_groups[1]["lr"] = self.config.adapter_learning_rate if rate is None else rate
+
+    # ---- what is computed, and how
+
+    def compact(self, everything: bool = False) -> None:
+        """Leave out what has died where enough has (with `everything`, all of it), and choose each layer's route."""
+        if self.config.compact_every:
+            for layer, rank in zip(self.layers.values(), self.map.ranks().tolist(), strict=True):
+                computed = layer.computed_rank
+                rank = min(-(-rank // RANK_MULTIPLE) * RANK_MULTIPLE, layer.full_rank)
+                if rank < computed * (1.0 if everything else 1 - WORTH_COMPACTING):
+                    layer.compact(_filled_up(layer.live, rank), join=True)
+        self._choose_routes()
+
+    def _prepare(self, batches: list[dict]) -> None:
+        """On the first step, and when the number of tokens changes."""
+        tokens = max(batch["input_ids"].numel() for batch in batches)
+        if tokens == self.tokens:
+            return
+        self.tokens = tokens
+        for layer in self.layers.values():
+            if layer.adapter_rank and not layer._joined:
+                layer.compact(self.computed(layer), join=True)
+        self._choose_routes()
+
+    def _choose_routes(self) -> None:
+        if not self.tokens or not self.map.masks.requires_grad:
+            return
+        for layer in self.layers.values():
+            plan = training_plan(
+                self.tokens,
+                layer.in_features,
+                layer.out_features,
+                layer.computed_rank,
+                layer.adapter_rank,
+                batches=self.config.gradient_accumulation,
+                dropout=layer.adapter_dropout > 0,
+                route=self.config.route,
+            )
+            layer.take_route(plan.route)
+
+    @staticmethod
+    def computed(layer) -> Tensor:
+        """Which entries of `layer` are computed, bool `[k]`."""
+        if layer._rows is None:
+            return torch.ones(layer.full_rank, dtype=torch.bool, device=layer.mask.device)
+        return torch.zeros_like(layer.mask, dtype=torch.bool).index_fill_(0, layer._rows, True)
+
+    def finish(self) -> None:
+        """Put the scores into the layers, and leave a model that anything may be done with."""
+        self.map.write_back()
+        for layer in self.layers.values():
+            layer.take_route("factored")
+            layer.compact(self.computed(layer))
+        self.map.release()
+        self.model.eval()
+
+
+def with_labels(batch: dict, device: torch.device) -> dict:
+    """`batch` on `device`, with labels: the tokens themselves, padding left out."""
+    batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    if "labels" not in batch:
+        labels = batch["input_ids"]
+        if "attention_mask" in batch:
+            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE)
+        batch["labels"] = labels
+    return batch
+
+
+def _filled_up(live: Tensor, rank: int) -> Tensor:
+    """`live` and as many of the dead, the first ones, as make `rank`."""
+    missing = rank - int(live.sum())
+    keep = live.clone()
+    if missing > 0:
+        keep[(~live).nonzero()[:missing, 0]] = True
+    return keep
