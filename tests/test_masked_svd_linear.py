@@ -14,11 +14,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from acip_kernels.ops import masked_svd_linear
+from acip_kernels.ops import dropout, extension, masked_svd_linear
+from acip_kernels.ops.masked_svd_linear.effective import Collector, effective_linear
+from acip_kernels.ops.masked_svd_linear.problem import Adapter
 
 OPERATOR = torch.ops.acip.masked_svd_linear.default
 BACKWARD_OPERATOR = torch.ops.acip.masked_svd_linear_backward.default
 SCALE = 0.02
+BACKENDS = ["reference"] + ["native"] * extension.available()
+NO_ADAPTER = (None, None, None, None, 0.0, False, 0.0)  # rows, A, B, seed, scaling, joined, dropout
 one_thread = operators.one_thread  # a fixture of every test here
 
 
@@ -53,13 +57,13 @@ def oracle(problem, mask_scale=SCALE):
     return run(straight_through, (problem.x.double(), problem.mask.double()), problem.g.double())
 
 
-def check(problem, needed=("x", "mask"), mask_scale=SCALE):
+def check(problem, needed=("x", "mask"), mask_scale=SCALE, **options):
     """The output and the gradients that are `needed`, element by element; a pruned entry's is zero."""
     live = problem.mask > 0
     y_exact, *gradients_exact = oracle(problem, mask_scale)
     bounds = operators.bounds(problem, torch.where(live, problem.s, 0), mask_scale)
     x, mask = (getattr(problem, name).detach().requires_grad_(name in needed) for name in ("x", "mask"))
-    y = of_x_and_mask(problem, mask_scale=mask_scale)(x, mask)
+    y = of_x_and_mask(problem, mask_scale=mask_scale, **options)(x, mask)
     assert y.dtype == problem.x.dtype
     assert_within(bounds["y"], y, y_exact, "y")
     assert y.requires_grad == bool(needed)
@@ -83,7 +87,9 @@ def check(problem, needed=("x", "mask"), mask_scale=SCALE):
 def test_output_and_gradients_against_float64(dtype, data):
     problem = data.draw(operators.problems(dtype))
     needed = data.draw(st.sets(st.sampled_from(("x", "mask"))))
-    check(problem, needed, mask_scale=data.draw(st.sampled_from((SCALE, 1.0, 0.3))))
+    backend = data.draw(st.sampled_from(["auto", *BACKENDS] if dtype != torch.float16 else ["auto", "reference"]))
+    options = {"backend": backend, "save_z": data.draw(st.booleans())}
+    check(problem, needed, mask_scale=data.draw(st.sampled_from((SCALE, 1.0, 0.3))), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -232,17 +238,24 @@ def test_a_mask_used_twice_adds_its_gradients():
 def test_opcheck(dtype, leading):
     problem = make_problem(leading, dtype=dtype)
     _, Vh, U, S, mask, bias = arguments(problem)
-    z = torch.nn.functional.linear(problem.x, Vh)
-    torch.library.opcheck(BACKWARD_OPERATOR, (problem.g, z, Vh, U, S, mask, SCALE, "auto"))
+    z = torch.nn.functional.linear(problem.x.reshape(-1, 7), Vh)
+    options = (*NO_ADAPTER, SCALE, True)
+    torch.library.opcheck(BACKWARD_OPERATOR, (problem.g, None, z, Vh, U, S, mask, *options, True, "auto"))
     x, mask = problem.x.requires_grad_(), mask.requires_grad_()
-    torch.library.opcheck(OPERATOR, (x, Vh, U, S, mask, bias, SCALE, "auto"))
-    torch.library.opcheck(OPERATOR, (x.detach(), Vh, U, S, mask, None, SCALE, "reference"))
+    torch.library.opcheck(OPERATOR, (x, Vh, U, S, mask, bias, *options, "auto"))
+    torch.library.opcheck(OPERATOR, (x.detach(), Vh, U, S, mask, None, *options, "reference"))
+    A = operators.numbers(torch.Generator().manual_seed(0), 2, 7, dtype=torch.float32).requires_grad_()
+    B = operators.numbers(torch.Generator().manual_seed(1), 6, 2, dtype=torch.float32).requires_grad_()
+    longer = torch.cat([mask.detach(), mask.detach()]).requires_grad_()
+    adapted = (torch.tensor([1, 3, 4, 6]), A, B, torch.tensor([77]), 0.5, False, 0.25, SCALE)
+    for save_z in (True, False):
+        torch.library.opcheck(OPERATOR, (x, Vh, U, S, longer, bias, *adapted, save_z, "auto"))
 
 
 def test_z_that_the_operator_keeps_for_itself_has_no_gradient():
     problem = make_problem()
     problem.x.requires_grad_()
-    y, z = OPERATOR(*arguments(problem), SCALE, "auto")
+    y, z = OPERATOR(*arguments(problem), *NO_ADAPTER, SCALE, True, "auto")
     assert y.requires_grad and not z.requires_grad
 
 
@@ -356,17 +369,24 @@ def test_flops_of_both_passes(leading):
 # ---- backends and mistakes
 
 
-def test_auto_is_the_reference():
-    problem = make_problem()
-    for backend in ("auto", "reference"):
-        assert_identical(run_both(problem, of_x_and_mask(problem, backend=backend)), run_both(problem))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_is_the_native_backend_where_it_runs(dtype):
+    problem = make_problem(dtype=dtype)
+    chosen = "native" if extension.takes(problem.x) else "reference"
+    assert_identical(run_both(problem), run_both(problem, of_x_and_mask(problem, backend=chosen)))
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_missing_backend(backend):
-    message = f"backend '{backend}' is not available in this installation; available: ['reference']"
+    message = f"backend '{backend}' is not available in this installation; available: {sorted(BACKENDS)}"
     with pytest.raises(RuntimeError, match=re.escape(f"masked_svd_linear: {message}")):
         masked_svd_linear(*arguments(make_problem()), backend=backend)
+
+
+@pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
+def test_the_native_backend_asked_for_in_a_dtype_that_it_lacks():
+    with pytest.raises(RuntimeError, match="native kernels take .*float32.* got torch.float16"):
+        masked_svd_linear(*arguments(make_problem(dtype=torch.float16)), backend="native")
 
 
 @pytest.mark.parametrize("backend", ["foo", "", "Reference"])
@@ -388,9 +408,9 @@ def test_a_frozen_argument_that_requires_a_gradient(name):
         assert_identical((masked_svd_linear(*arguments(problem)),), (expected,))
 
 
-@pytest.mark.parametrize("scale", [0, 0.0, -0.02, -math.inf, math.nan])
+@pytest.mark.parametrize("scale", [0, 0.0, -0.02, -math.inf, math.inf, math.nan])
 def test_a_scale_that_is_not_positive(scale):
-    with pytest.raises(ValueError, match=f"masked_svd_linear: mask_scale must be positive, got {scale}"):
+    with pytest.raises(ValueError, match=f"masked_svd_linear: mask_scale must be positive and finite, got {scale}"):
         masked_svd_linear(*arguments(make_problem()), mask_scale=scale)
 
 
@@ -443,3 +463,138 @@ def test_rank_zero():
     nothing = torch.ones(0)
     with pytest.raises(ValueError, match=re.escape("masked_svd_linear: rank is 0 (Vh is [0, 7])")):
         masked_svd_linear(torch.ones(5, 7), torch.ones(0, 7), torch.ones(6, 0), nothing, nothing)
+
+
+# ---- with an adapter, and of a part of the mask
+
+
+class Adapted:
+    """A problem with an adapter of rank `r`, for some `rows` of a longer mask; and its oracle in float64."""
+
+    def __init__(self, dtype, leading=(3, 5), sizes=(13, 9, 6), r=3, dropout=0.0, seed=0):
+        self.base = make_problem(leading, *sizes, dtype=dtype, seed=seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.precise = operators.precise(dtype)
+        self.A = operators.numbers(generator, r, sizes[0], dtype=self.precise)
+        self.B = operators.numbers(generator, sizes[1], r, dtype=self.precise)
+        self.rows = torch.randperm(sizes[2] + 4, generator=generator)[: sizes[2]]
+        self.mask = torch.ones(sizes[2] + 4, dtype=self.precise).index_copy_(0, self.rows, self.base.mask)
+        self.seed, self.dropout, self.scaling, self.r = torch.tensor([2**40 + 12345]), dropout, 0.5, r
+
+    def run(self, joined, **options):
+        p, dtype = self.base, self.base.x.dtype
+        Vh, U = p.Vh, p.U
+        if joined:
+            Vh, U = torch.cat([self.A.to(dtype), Vh]), torch.cat([self.B.to(dtype), U], 1)
+
+        def function(x, mask, A, B):
+            adapter = Adapter(A, B, self.scaling, joined, self.dropout, self.seed)
+            return masked_svd_linear(
+                x, Vh, U, p.s, mask, p.bias, mask_scale=SCALE, rows=self.rows, adapter=adapter, **options
+            )
+
+        return run(function, (p.x, self.mask, self.A, self.B), p.g)
+
+    def oracle(self, absolute=False):
+        """In float64; of the absolute values of everything it gives what rounding errors are measured by."""
+        kept = dropout.keeps(int(self.seed), self.base.x.numel(), self.dropout).view(self.base.x.shape)
+        kept = kept.double() / (1 - self.dropout)
+
+        def exact(tensor):
+            return tensor.double().abs() if absolute else tensor.double()
+
+        Vh, U, s, bias = (exact(getattr(self.base, name)) for name in ("Vh", "U", "s", "bias"))
+        live = (self.mask[self.rows] > 0).double()
+        A, B = exact(self.A), exact(self.B)
+
+        def function(x, mask, A, B):
+            change = (mask - mask.detach())[self.rows] / SCALE
+            y = formula(x, Vh, U, s, live * (1 + change), bias)
+            return y + self.scaling * torch.einsum("...i,ri,or->...o", x * kept, A, B)
+
+        return run(function, (exact(self.base.x), exact(self.mask), A, B), exact(self.base.g))
+
+    def check(self, results):
+        tokens, (rank, in_features), out = self.base.g[..., 0].numel(), self.base.Vh.shape, self.base.U.shape[0]
+        names = ("y", "x", "mask", "A", "B")
+        for name, result, exact, magnitude in zip(names, results, self.oracle(), self.oracle(absolute=True)):
+            # On the longest way: an adapter's factor to the factors' dtype, x̃, a product, its scaling, the next
+            # product, its addition, the bias; and every sum.
+            bound = operators.error_bound(
+                self.base.x.dtype, magnitude, roundings=8, sums=in_features + rank + self.r + out + tokens + 8
+            )
+            assert_within(bound, result, exact, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_adapters_output_and_gradients(joined, drop, dtype, backend):
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("no native float16")
+    for leading, sizes, r in (
+        ((3, 5), (13, 9, 6), 3),
+        ((), (4, 7, 4), 1),
+        ((0,), (5, 5, 2), 2),
+        ((70,), (8, 40, 8), 5),
+    ):
+        problem = Adapted(dtype, leading, sizes, r, drop)
+        saved = problem.run(joined, backend=backend)
+        problem.check(saved)
+        # z made again is z, to the last bit.
+        assert_identical(problem.run(joined, backend=backend, save_z=False), saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+def test_the_effective_route(drop, dtype):
+    """One dense product for y, one for x's gradient, one for all the others'."""
+    problem = Adapted(dtype, dropout=drop)
+    p = problem.base
+    masks = problem.mask[problem.rows]
+    weight = ((p.U.double() * torch.where(masks > 0, p.s, 0)) @ p.Vh.double()).to(dtype)
+    x, mask, A, B = (t.detach().requires_grad_() for t in (p.x, problem.mask, problem.A, problem.B))
+    collector = Collector()
+    adapter = Adapter(A, B, problem.scaling, False, drop, problem.seed)
+    outputs = []
+    # Two backward passes, the gradients of one step; dropout counts elements from the start of a call: one pass only.
+    for part in [slice(None)] if drop else [slice(0, 1), slice(1, None)]:
+        outputs.append(effective_linear(x[part], weight, mask, p.bias, adapter, collector))
+        outputs[-1].backward(p.g[part])
+    y = torch.cat([out.detach() for out in outputs])
+    dmask, dA, dB = collector.gradients(p.Vh, p.U, p.s, masks, SCALE, adapter)
+    assert collector.total is None and collector.gradients(p.Vh, p.U, p.s, masks, SCALE, adapter) is None
+    full = torch.zeros_like(problem.mask).index_copy_(0, problem.rows, dmask)
+    assert (dA is None) == bool(drop)
+    if drop:
+        dA, dB = A.grad, B.grad
+    problem.check((y, x.grad, full, dA, dB))
+
+
+def test_dropout_is_a_coin_for_every_element():
+    kept = dropout.keeps(99, 1_000_000, 0.3)
+    # Four standard deviations of a binomial.
+    assert abs(float((~kept).double().mean()) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 1e6)
+    for lag in (1, 2, 64, 576):
+        both = float((~kept[lag:] & ~kept[:-lag]).double().mean())
+        assert abs(both - 0.09) < 4 * math.sqrt(0.09 * 0.91 / 1e6)
+    other = dropout.keeps(100, 1_000_000, 0.3)
+    assert abs(float((~kept & ~other).double().mean()) - 0.09) < 4 * math.sqrt(0.09 * 0.91 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": torch.ones(3, 8)}, "A [r, 7] and B [6, r]"),
+        ({"B": torch.ones(5, 3)}, "A [r, 7] and B [6, r]"),
+        ({"B": torch.ones(6, 2)}, "with r >= 1"),
+        ({"A": torch.ones(3)}, "A must be a matrix"),
+        ({"dropout": 0.5}, "needs a seed"),
+        ({"dropout": 1.0, "seed": torch.tensor([1])}, "dropout must be in [0, 1)"),
+    ],
+)
+def test_a_wrong_adapter_is_named(change, message):
+    adapter = Adapter(**{"A": torch.ones(3, 7), "B": torch.ones(6, 3), "scaling": 1.0} | change)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        masked_svd_linear(*arguments(make_problem()), adapter=adapter)

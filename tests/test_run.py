@@ -506,7 +506,7 @@ def test_the_progress_bar_shows_step_loss_lambda_size_and_time(monkeypatch):
     monkeypatch.setattr(
         rich.progress.Progress, "__init__", lambda self, *a, **k: original(self, *a, **k | {"console": console})
     )
-    compress(toys.llama(), make_batches(), short(), on_step=lambda row: time.sleep(0.02))
+    compress(toys.llama(), make_batches(), short(), on_step=lambda row: time.sleep(0.12))
     shown = screen.getvalue()
     for part in ("SVD", "14/14 layers", "prune", "step 5", "loss ", "λ ", "size ", "tune", "left"):
         assert part in shown, part
@@ -527,3 +527,102 @@ def test_the_score_map_has_a_flat_buffer_over_all_layers():
     scores.write_back()
     assert first.scores[:3].tolist() == [-1, -1, -1]
     assert torch.equal(first.scores[3:], before[3:])
+
+
+# ---- routes, adapters in the products, the native kernels: one run
+
+
+def of_float64(**changes):
+    return run(toys.llama().double(), config=short(16, 0.4, dtype="float64", tune_steps=3, **changes))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_way_to_compute_gives_the_same_scores(dropout):
+    """Scores are float32: computed in float64, sums in another order are the same to the last of their bits."""
+    plain = of_float64(adapter_dropout=dropout, compact_every=0, route="factored")
+    ways = [
+        {"route": "factored", "compact_every": 1},
+        {"route": "effective", "compact_every": 0},
+        {"route": "effective", "compact_every": 1},
+        {"route": "auto", "save_z": False},
+        {"route": "auto", "gradient_checkpointing": True, "compact_every": 3},
+    ]
+    for way in ways:
+        other = of_float64(adapter_dropout=dropout, **way)
+        assert torch.equal(flat(other), flat(plain)), way
+        assert [row["pruned"] for row in other.history] == [row["pruned"] for row in plain.history]
+
+
+def test_every_way_to_compute_gives_the_same_ranks_in_float32():
+    def ranks(**way):
+        result = run(config=short(16, 0.4, dtype="float32", tune_steps=0, **way))
+        return {name: int((scores > 0).sum()) for name, scores in result.scores.items()}
+
+    plain = ranks(compact_every=0, route="factored", lean_loss=False)
+    for way in ({"route": "factored"}, {"route": "effective"}, {"route": "auto", "compact_every": 2}):
+        assert ranks(**way) == plain
+
+
+def test_accumulation_on_the_effective_route_is_the_joint_batch():
+    joint = [{"input_ids": torch.cat([a["input_ids"], b["input_ids"]])} for a, b in zip(*[iter(make_batches())] * 2)]
+    config = {"dtype": "float64", "adapter_dropout": 0.0, "route": "effective"}
+    one = run(toys.llama().double(), joint, short(6, **config))
+    two = run(toys.llama().double(), make_batches(), short(6, gradient_accumulation=2, **config))
+    torch.testing.assert_close(flat(two), flat(one), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("route", ["auto", "factored", "effective"])
+def test_a_run_resumed_while_compacted_is_bit_identical_on_every_route(tmp_path, route):
+    changes = {"adapter_dropout": 0.2, "route": route, "gradient_accumulation": 2}
+    whole = run(config=short(16, 0.4, **changes))
+    config = short(16, 0.4, **changes, checkpoint_seconds=0.0)
+    with pytest.raises(Stop):
+        run(config=config, output=tmp_path, on_step=stop_at(11))
+    model = toys.llama()
+    resumed = run(model, config=config, output=tmp_path, resume=True)
+    assert any(layer.computed_rank < layer.full_rank for layer in model.modules() if isinstance(layer, SVDLinear))
+    assert torch.equal(flat(resumed), flat(whole))
+
+
+def test_a_run_leaves_layers_that_anything_may_be_done_with():
+    model = toys.llama()
+    result = run(model)
+    for layer in model.modules():
+        if isinstance(layer, SVDLinear):
+            assert layer.route == "factored" and layer.mask.grad is None and not layer.mask.requires_grad
+            assert layer.mask.untyped_storage().nbytes() == layer.mask.numel() * layer.mask.element_size()
+    layer = next(module for module in model.modules() if isinstance(module, SVDLinear))
+    before = model(torch.ones(1, 3, dtype=torch.long)).logits
+    with torch.no_grad():
+        layer.lora_B.add_(1.0)  # nothing holds an older copy of the adapter
+    assert not torch.equal(model(torch.ones(1, 3, dtype=torch.long)).logits, before)
+    result.at(0.6)
+
+
+def test_masks_on_two_devices_are_refused():
+    model = toys.llama()
+    factorize(model, adapter_rank=0)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SVDLinear)}
+    next(iter(layers.values())).to("meta")
+    with pytest.raises(ValueError, match="needs the model on one device"):
+        ScoreMap(layers)
+
+
+def test_a_step_compiles_and_is_the_same_step():
+    def losses(compiled):
+        torch.compiler.reset()
+        model = toys.llama()
+        factorize(model, adapter_rank=2, adapter_dropout=0.0)
+        if compiled:
+            model.model.forward = torch.compile(model.model.forward, backend="aot_eager")
+        config = short(8, 0.5, dtype="float32", adapter_dropout=0.0, tune_steps=0, route="factored")
+        return [row["loss"] for row in run(model, config=config).history]
+
+    assert losses(True) == pytest.approx(losses(False), rel=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("changes", [{"route": "fast"}, {"route": None}])
+def test_a_wrong_route_is_named(changes):
+    with pytest.raises(ValueError, match="route must be"):
+        CompressionConfig(**changes)

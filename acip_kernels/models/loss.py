@@ -71,8 +71,9 @@ class CausalLoss:
             return False
         finally:
             self.model.train(training)
-        # Both sum the same logits, rounded to the head's dtype; the loss is a difference of them.
-        eps = torch.finfo(self.model.get_output_embeddings().weight.dtype).eps
+        # Both sum the same logits, rounded to the head's dtype; the loss is a difference of them, and transformers' is
+        # in float32 whatever the model is in.
+        eps = max(torch.finfo(dtype).eps for dtype in (self.model.get_output_embeddings().weight.dtype, torch.float32))
         if abs(own - lean) <= 32 * eps * max(1.0, abs(own)):
             return True
         log.info("the model's own loss is used: it is %.6g where cross-entropy of the head is %.6g", own, lean)
