@@ -5,10 +5,11 @@ has saved.
 """
 
 from .compress import CompressionConfig, CompressionResult, Sizing, compress, factorize, materialize
+from .compress.finetune import finetune
 from .compress.scores import score_by_singular_values
 from .models.saving import load, save
 from .nn import LowRankLinear, SVDLinear
-from .ops import lowrank_linear, masked_svd_linear
+from .ops import linear_cross_entropy, lowrank_linear, masked_svd_linear
 from .version import __version__
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "__version__",
     "compress",
     "factorize",
+    "finetune",
+    "linear_cross_entropy",
     "load",
     "lowrank_linear",
     "masked_svd_linear",

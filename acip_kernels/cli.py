@@ -95,6 +95,9 @@ _CONFIG_HELP = {
     "gradient_accumulation": "Batches a step.",
     "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
     "compact_every": "Steps between two checks whether pruned ranks can be left out; 0 for never.",
+    "route": "How layers are computed: auto (what is cheaper), factored, or effective (through a dense weight).",
+    "save_z": "Keep the products with Vh for the backward pass: more memory, less time.",
+    "lean_loss": "Never store all logits, where the model's loss allows it.",
     "checkpoint_seconds": "Seconds between two checkpoints of the run.",
     "seed": "Of adapters, dropout and the order of the data.",
 }
@@ -349,12 +352,14 @@ def info(
     Example: `acip info runs/smol/elastic`
     """
     from . import __version__, files, report
-    from .ops import lowrank_linear, masked_svd_linear
+    from .ops import extension, lowrank_linear, masked_svd_linear
 
     if path is None:
         operators = {"lowrank_linear": lowrank_linear, "masked_svd_linear": masked_svd_linear}
         backends = {name: sorted(inspect.getmodule(function).BACKENDS) for name, function in operators.items()}
-        _print({"acip_kernels": __version__, **report.device_description(), "backends": backends}, as_json)
+        native = extension.instruction_set() or "not built: plain PyTorch runs instead"
+        about = {"acip_kernels": __version__, **report.device_description(), "native_kernels": native}
+        _print(about | {"backends": backends}, as_json)
         return
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")

@@ -52,7 +52,9 @@ def test_loss_and_gradient_against_float64(monkeypatch, dtype, chunk, native):
             # A logit, of 9 products of at most 1 and a bias, moves the loss of its token by at most its own error, and
             # the softmax's terms by that factor.
             logit = float(error_bound(dtype, torch.tensor(10.0), roundings=2, sums=11)[()])
-            assert abs(float(loss.double() - exact.detach())) <= 2 * tokens * (logit + 60 * torch.finfo(precise(dtype)).eps)
+            assert abs(float(loss.double() - exact.detach())) <= 2 * tokens * (
+                logit + 60 * torch.finfo(precise(dtype)).eps
+            )
             eps = torch.finfo(dtype).eps
             bound = 0.5 * (2 * logit + 4 * eps) * 2 * weight.double().abs().sum(0) / 1 + 4 * eps * dx_exact.abs()
             assert ((dx.double() - dx_exact).abs() <= bound).all()

@@ -26,7 +26,7 @@ from .factorize import factorize, svd_layers
 from .materialize import Cut, model_cut
 from .progress import RunProgress
 from .sizing import Sizing
-from .step import TrainingStep, with_labels
+from .step import TrainingStep, endless, with_labels
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
@@ -153,7 +153,7 @@ class _Run:
                 names = choose_targets(linear_layers(self.model)[0], config.targets, config.exclude)
                 first = (
                     with_labels(b, self.device)
-                    for b in itertools.islice(self.batches_from(0), config.calibration_batches)
+                    for b in itertools.islice(endless(self.batches), config.calibration_batches)
                 )
                 with self.bar.counting("inputs", "batches") as advance:
                     covariances = input_covariances(self.model, names, first, advance, config.calibration_batches)
@@ -190,7 +190,7 @@ class _Run:
             elif self.output is not None:
                 # Of a run that ended before its first checkpoint.
                 (self.output / HISTORY).unlink(missing_ok=True)
-            self.feed = self.batches_from(self.consumed)
+            self.feed = endless(self.batches, self.consumed)
             self.saved_at = time.monotonic()
             self.bar.start(self)
             self.bar.update(self)
@@ -274,25 +274,6 @@ class _Run:
         scores, masks = self.map.scores, self.map.flat_masks()
         self.map.scores = torch.where((scores > 0) & (masks <= 0), -torch.ones_like(scores), scores)
         return before - int(self.map.ranks().sum())
-
-    # ---- batches
-
-    def batches_from(self, consumed: int):
-        """Batches for ever, the first `consumed` left out."""
-        position = 0
-        while True:
-            empty = True
-            for batch in self.batches:
-                empty = False
-                position += 1
-                if position > consumed:
-                    yield batch
-            if empty:
-                used = f"after {position} batches" if position else "at the start"
-                raise ValueError(
-                    f"batches ran out {used} and cannot be started again: "
-                    "give a list, a DataLoader, or anything else that can be iterated anew"
-                )
 
     # ---- what is kept
 

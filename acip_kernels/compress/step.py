@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -181,6 +182,24 @@ def with_labels(batch: dict, device: torch.device) -> dict:
             labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORE)
         batch["labels"] = labels
     return batch
+
+
+def endless(batches: Iterable[dict], consumed: int = 0) -> Iterator[dict]:
+    """Batches for ever, the first `consumed` left out; raises `ValueError` for what cannot be started again."""
+    position = 0
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            position += 1
+            if position > consumed:
+                yield batch
+        if empty:
+            used = f"after {position} batches" if position else "at the start"
+            raise ValueError(
+                f"batches ran out {used} and cannot be started again: "
+                "give a list, a DataLoader, or anything else that can be iterated anew"
+            )
 
 
 def _filled_up(live: Tensor, rank: int) -> Tensor:

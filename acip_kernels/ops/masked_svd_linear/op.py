@@ -102,7 +102,7 @@ def _check(x, Vh, U, S, mask, bias, mask_scale, rows, adapter) -> None:
             raise TypeError(f"{OPERATOR}: {name} must be {precise} as x is {x.dtype}, got {tensor.dtype}")
     if rows is not None and (rows.dtype != torch.int64 or rows.shape != S.shape or mask.dim() != 1):
         raise ValueError(f"{OPERATOR}: rows must be int64 {list(S.shape)} and mask a vector")
-    if not mask_scale > 0 or math.isinf(mask_scale):
+    if not 0 < mask_scale < math.inf:
         raise ValueError(f"{OPERATOR}: mask_scale must be positive and finite, got {mask_scale}")
     if torch.is_grad_enabled():
         for name, tensor in (("Vh", Vh), ("U", U), ("S", S), ("bias", bias)):
