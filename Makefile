@@ -1,4 +1,5 @@
 # make demo: a real model, compressed, measured and drawn.    make test: the whole suite on a CPU.
+# make bench: what a training step costs, against LoRA on the dense model.    make gpu: the same on a GPU.
 #
 #   make demo MODEL=<hub name or directory> DATA=<file, directory or dataset name> ARGS="--minutes 30"
 #   make test ARGS="-k sizing"
@@ -9,7 +10,13 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+# What the native extension is built from. Without a C++ compiler the package installs all the same.
+NATIVE := setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/include/acip/*.h)
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# Against the torch that is installed, not against one that pip would fetch for the build.
+EDITABLE := $(INSTALL) --no-build-isolation --editable
+
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/with-demo
 	$(BIN)/acip demo --output runs/demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -21,18 +28,25 @@ lint: $(VENV)/with-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+bench: $(VENV)/with-test
+	$(BIN)/python -m bench.training_step $(ARGS)
+
+gpu: $(VENV)/with-test
+	$(BIN)/python -m bench.training_step --device cuda --dtype bfloat16 --layer-tokens 4096 $(ARGS)
+
 $(VENV)/with-torch:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed: make PYTHON=...' if sys.version_info < (3, 10) else 0)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(INSTALL) $(TORCH)
+	$(INSTALL) "setuptools>=77" "ninja>=1.11" "pybind11>=2.13"
 	touch $@
 
-$(VENV)/with-demo: pyproject.toml $(VENV)/with-torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[demo,data]"
+$(VENV)/with-demo: pyproject.toml $(NATIVE) $(VENV)/with-torch
+	$(EDITABLE) ".[demo,data]"
 	touch $@
 
-$(VENV)/with-test: pyproject.toml $(VENV)/with-torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+$(VENV)/with-test: pyproject.toml $(NATIVE) $(VENV)/with-torch
+	$(EDITABLE) ".[test]"
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
-"""Write the README's table from the committed result of `make demo`: `python -m bench.readme [runs/demo/summary.json]`.
+"""Write the measured numbers into README.md and docs/training.md: `python -m bench.readme [runs/demo/summary.json]`.
 
-With a path, that summary is first stored under `bench/results/`, and its plots under `docs/`. So no number in the
-README is typed by hand; a test compares it with what this file makes of the stored result.
+The README's are those of `make demo`; with a path, that summary is first stored under `bench/results/`, and its plots
+under `docs/`. The training page's are those of `bench.training_step`, `.training_profile` and `.training_routes`. So no
+number there is typed by hand; a test compares them with what this file makes of the stored results.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import sys
 
 from acip_kernels import files, report
 
+from . import training_profile, training_routes, training_step
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
 RESULT = ROOT / "bench" / "results" / "demo.json"
 BEGIN, END = "<!-- made by bench/readme.py -->", "<!-- end -->"
 
@@ -44,12 +48,47 @@ def block(summary: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_block(readme: str, summary: dict) -> str:
-    """The README with its section made anew."""
+def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
+    """The training page's section of measured numbers: everything that was measured, by device."""
+    parts = []
+    for path in sorted(results.glob("training_step-*.json")):
+        summary = files.read_json(path)
+        device, setting = summary["device"], summary["setting"]
+        parts.append(f"### {device['device']}, {device['cores']} cores, {device['dtype']}\n")
+        parts.append(
+            f"torch {device['torch']}, transformers {device['transformers']}, peft {device['peft']}, "
+            f"{device['date'][:10]}. {setting['model']}, {setting['batch']} × {setting['length']} tokens, "
+            f"r = {setting['adapter_rank']}, dropout {setting['dropout']}; medians of {setting['rounds']} rounds, "
+            f"variants in turns; matrix products at {summary['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s.\n"
+        )
+        parts.append(training_step.steps_table(summary["rows"]))
+        if "run" in summary:
+            parts.append("A whole run, the same number of steps on the same tokens:\n")
+            parts.append(training_step.run_table(summary["run"]))
+        if summary.get("layers"):
+            parts.append("One layer of Llama-3.1-8B's shapes (out × in), forward and backward:\n")
+            parts.append(training_step.layers_table(summary["layers"]))
+        profile = path.with_name(path.name.replace("training_step", "training_profile"))
+        if profile.exists():
+            parts.append("Where the time of one step goes, by torch's profiler:\n")
+            parts.append(training_profile.table(files.read_json(profile)["seconds"]))
+        routes = path.with_name(path.name.replace("training_step", "training_routes"))
+        if routes.exists():
+            rows = files.read_json(routes)["rows"]
+            parts.append("Both routes, measured and counted:\n")
+            parts.append(training_routes.table(rows))
+    if not any("cuda" in path.name or "nvidia" in path.name for path in results.glob("training_step-*.json")):
+        parts.append("### GPU\n")
+        parts.append("Not measured: `make gpu` writes what belongs here.\n")
+    return "\n".join(parts)
+
+
+def with_block(text: str, made: str) -> str:
+    """`text` with its section made anew."""
     pattern = re.compile(f"{re.escape(BEGIN)}\n.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(readme):
-        raise ValueError(f"README.md has no section between {BEGIN} and {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{block(summary)}{END}", readme)
+    if not pattern.search(text):
+        raise ValueError(f"there is no section between {BEGIN} and {END}")
+    return pattern.sub(lambda _: f"{BEGIN}\n{made}{END}", text)
 
 
 def main(source: str | None = None) -> None:
@@ -61,8 +100,8 @@ def main(source: str | None = None) -> None:
         plots = pathlib.Path(source).parent / "plots"
         for name in ("perplexity", "history", "ranks-0.6"):
             shutil.copyfile(plots / f"{name}.svg", ROOT / "docs" / f"demo-{name}.svg")
-    readme = ROOT / "README.md"
-    files.write_text(readme, with_block(readme.read_text("utf-8"), files.read_json(RESULT)))
+    for path, made in ((README, block(files.read_json(RESULT))), (TRAINING, training_block())):
+        files.write_text(path, with_block(path.read_text("utf-8"), made))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,12 @@ TEXT = (readme.ROOT / "README.md").read_text("utf-8")
 
 
 def test_its_numbers_are_those_of_the_committed_result():
-    assert readme.with_block(TEXT, files.read_json(readme.RESULT)) == TEXT
+    assert readme.with_block(TEXT, readme.block(files.read_json(readme.RESULT))) == TEXT
+
+
+def test_the_training_pages_numbers_are_those_of_the_committed_results():
+    text = readme.TRAINING.read_text("utf-8")
+    assert readme.with_block(text, readme.training_block()) == text
 
 
 def test_its_result_shows_what_the_demo_must():
