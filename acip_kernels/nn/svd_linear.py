@@ -163,6 +163,8 @@ class SVDLinear(nn.Module):
             rows = rows.new_zeros(1)  # one masked rank instead of a special case of none
         whole = rows.numel() == self.full_rank
         self.uncompact()
+        if not join and not self.U.is_contiguous():  # a part of joined factors so far
+            self.U, self.Vh = self.U.contiguous(), self.Vh.clone()
         if whole and not join:
             return self.full_rank
         r = self.adapter_rank if join else 0
