@@ -357,7 +357,7 @@ def info(
     if path is None:
         operators = {"lowrank_linear": lowrank_linear, "masked_svd_linear": masked_svd_linear}
         backends = {name: sorted(inspect.getmodule(function).BACKENDS) for name, function in operators.items()}
-        native = extension.instruction_set() or "not built: plain PyTorch runs instead"
+        native = extension.instruction_set() or f"{extension.missing}; plain PyTorch runs instead"
         about = {"acip_kernels": __version__, **report.device_description(), "native_kernels": native}
         _print(about | {"backends": backends}, as_json)
         return

@@ -58,6 +58,54 @@ def training_operations(
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes that a layer holds while it is trained.
+
+    frozen: factors, their live copies, the dense weight. trained: masks and adapters with gradients and AdamW's two
+    moments. kept: for the backward pass of one batch.
+    """
+
+    frozen: int
+    trained: int
+    kept: int
+
+
+def training_memory(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    full_rank: int,
+    rank: int,
+    adapter_rank: int = 0,
+    *,
+    route: str = "factored",
+    dropout: bool = False,
+    save_z: bool = True,
+    itemsize: int = 4,
+) -> TrainingMemory:
+    """What `TrainingStep` holds of one layer, in bytes, with `itemsize` bytes a number of the model's dtype.
+
+    rank: computed ranks `ρ`; `k = full_rank`, the rest as in `training_operations`. With everything computed the
+    factors lie once, beside the adapter's copy: `(k + r)(n + m)`; once compacted, the live ones are copied,
+    `(ρ + r)(n + m)` more; the effective route adds `n m`. Trained, in float32: four times `k + r (n + m)`. Kept: `T n`
+    for the layer's input (once for all layers that share it), and `T (ρ + r)` for `z` unless it is computed again; on
+    the effective route `T r` with dropout instead. Singular values and scores, `k` numbers each, are left out.
+    """
+    both = in_features + out_features
+    frozen = (full_rank + adapter_rank) * both
+    if rank < full_rank:
+        frozen += (rank + adapter_rank) * both
+    if route == "effective":
+        frozen += in_features * out_features
+        kept = adapter_rank if dropout else 0
+    else:
+        kept = rank + adapter_rank if save_z else 0
+    return TrainingMemory(
+        frozen * itemsize, 4 * 4 * (full_rank + adapter_rank * both), tokens * (in_features + kept) * itemsize
+    )
+
+
 # The effective route holds a dense W beside the factors: it has to save this share of the operations to be worth it.
 MARGIN = 0.05
 

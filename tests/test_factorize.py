@@ -153,6 +153,7 @@ def test_whitening_leaves_the_weight_and_makes_truncation_optimal(out):
     weight = torch.randn(out, 24, dtype=torch.float64)
     covariance = x.t() @ x / len(x)
     U, S, Vh = whitened_svd(weight, covariance)
+    # In float64, times the condition of the covariance's root, some thousands.
     torch.testing.assert_close((U * S) @ Vh, weight, rtol=1e-10, atol=1e-10)
     exact, plain = x @ weight.t(), torch.linalg.svd(weight, full_matrices=False)
     # Eckart-Young on the outputs themselves: no matrix of this rank comes closer.

@@ -532,7 +532,7 @@ class Adapted:
 @pytest.mark.parametrize("joined", [False, True])
 def test_the_adapters_output_and_gradients(joined, drop, dtype, backend):
     if backend == "native" and dtype == torch.float16:
-        pytest.skip("no native float16")
+        pytest.skip("no native float16")  # asked for by name it raises: tested above
     for leading, sizes, r in (
         ((3, 5), (13, 9, 6), 3),
         ((), (4, 7, 4), 1),
@@ -564,7 +564,7 @@ def test_the_effective_route(drop, dtype):
         outputs[-1].backward(p.g[part])
     y = torch.cat([out.detach() for out in outputs])
     dmask, dA, dB = collector.gradients(p.Vh, p.U, p.s, masks, SCALE, adapter)
-    assert collector.total is None and collector.gradients(p.Vh, p.U, p.s, masks, SCALE, adapter) is None
+    assert collector.total is None
     full = torch.zeros_like(problem.mask).index_copy_(0, problem.rows, dmask)
     assert (dA is None) == bool(drop)
     if drop:

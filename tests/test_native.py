@@ -172,12 +172,31 @@ def test_an_unknown_instruction_set_is_refused():
         extension.module.use_isa("sse9")
 
 
+BROKEN = """
+import sys
+class Finder:  # an extension that was built for another torch
+    def find_spec(self, name, path=None, target=None):
+        if name == "acip_kernels._native":
+            raise ImportError("undefined symbol: of_another_torch")
+sys.meta_path.insert(0, Finder())
+import acip_kernels
+from acip_kernels.ops import extension
+assert not extension.available()
+assert "undefined symbol: of_another_torch" in extension.missing and "build it again for torch" in extension.missing
+"""
+
+
+def test_an_extension_that_cannot_be_loaded_is_not_called_not_built():
+    subprocess.run([sys.executable, "-c", BROKEN], check=True, cwd=ROOT)
+
+
 WITHOUT = """
 import sys
 sys.modules["acip_kernels._native"] = None
 import torch, acip_kernels
 from acip_kernels.ops import extension
 assert not extension.available() and extension.instruction_set() is None
+assert extension.missing.startswith("not built")
 layer = acip_kernels.SVDLinear.from_linear(torch.nn.Linear(8, 6), adapter_rank=2, adapter_dropout=0.5)
 layer(torch.ones(3, 8)).sum().backward()
 assert layer.mask.grad.abs().sum() > 0
@@ -186,6 +205,7 @@ try:
     layer(torch.ones(3, 8))
 except RuntimeError as error:
     assert "'native' is not available in this installation" in str(error)
+    assert "The native kernels are not built: install with a C++ compiler" in str(error)
 else:
     raise SystemExit("a backend that is not there ran")
 """

@@ -42,6 +42,7 @@ def test_a_new_layer_computes_what_the_linear_did(out, in_, bias):
     linear = make_linear(out, in_, bias)
     layer = SVDLinear.from_linear(linear, adapter_rank=2)
     x = torch.randn(3, 4, in_, dtype=torch.float64)
+    # Sums of so many terms, and an SVD's own error, of 1e-16 times a modest factor each.
     torch.testing.assert_close(layer(x), linear(x), rtol=0, atol=1e-13 * (in_ + out))
     assert layer.full_rank == min(out, in_)
     assert torch.equal(layer.mask.detach(), torch.full((layer.full_rank,), 0.02, dtype=torch.float64))

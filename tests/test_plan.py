@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import toys
 from torch.utils.flop_counter import FlopCounterMode
 
-from acip_kernels import SVDLinear
-from acip_kernels.plan import ROUTES, TrainingPlan, training_operations, training_plan
+from acip_kernels import CompressionConfig, SVDLinear, factorize
+from acip_kernels.compress.step import TrainingStep
+from acip_kernels.plan import ROUTES, TrainingPlan, training_memory, training_operations, training_plan
 
 
 def in_place_product(to, a, b, *, out_shape=None, **_):
@@ -58,3 +60,60 @@ def test_a_plan_prints_its_reasons():
     text = str(training_plan(1024, 576, 576, 576))
     assert text == "effective (factored 2.72 GFLOP, effective 2.42 GFLOP a step)"
     assert isinstance(training_plan(1, 1, 1, 1), TrainingPlan)
+
+
+def storage_bytes(tensors) -> int:
+    """Of all storages, each once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("save_z", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_memory_formula_is_what_is_held(route, share, dropout, save_z):
+    model = toys.llama()
+    factorize(model, adapter_rank=4, adapter_dropout=dropout)
+    config = CompressionConfig(route=route, save_z=save_z, adapter_dropout=dropout)
+    step = TrainingStep(model, config)
+    ids = toys.token_ids()
+    step([{"input_ids": ids}], 1e-3)
+    if share < 1:
+        with torch.no_grad():
+            for layer in step.layers.values():
+                layer.mask[int(share * layer.full_rank) // 8 * 8 :] = 0
+        step.compact(everything=True)
+        step([{"input_ids": ids}], 1e-3)
+    expected = [
+        training_memory(
+            ids.numel(), layer.in_features, layer.out_features, layer.full_rank, layer.computed_rank, 4,
+            route=layer.route, dropout=dropout > 0, save_z=save_z,
+        )
+        for layer in step.layers.values()
+    ]  # fmt: skip
+    assert {layer.route for layer in step.layers.values()} == {route}
+    assert all((layer.computed_rank < layer.full_rank) == (share < 1) for layer in step.layers.values())
+
+    frozen = []
+    for layer in step.layers.values():
+        frozen += [layer.Vh, layer.U, *(layer._factors or ())[:2]]
+        frozen += [layer._weight] if layer._weight is not None else []
+    assert storage_bytes(frozen) == sum(memory.frozen for memory in expected)
+
+    trained = [step.map.masks, step.map.masks.grad, *step.adapters.values()]
+    gradients = sum(parameter.numel() * 4 for parameter in step.adapters.values())  # given back after each step
+    moments = [state[key] for state in step.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert storage_bytes([*trained, *moments]) + gradients == sum(memory.trained for memory in expected)
+
+    # One layer by itself: what its forward pass saves that is not a parameter or a factor of it.
+    layer, memory = next(iter(step.layers.values())), expected[0]
+    saved = []
+    x = torch.randn(ids.numel(), layer.in_features, requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for t in (*frozen, layer.mask, layer.lora_A, layer.lora_B, layer.S)}
+    own |= {t.untyped_storage().data_ptr() for t in (layer._rows, (layer._factors or (layer.S,))[-1]) if t is not None}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    seeds = 8 if dropout and route == "factored" else 0
+    kept = [t for t in saved if t.untyped_storage().data_ptr() not in own]
+    assert storage_bytes(kept) - seeds == memory.kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from .. import files
 from ..models import quantizer
 from ..models.targets import choose_targets, linear_layers
+from ..ops import extension
 from ..report import read_history
 from .basis import input_covariances
 from .config import CompressionConfig, compute_dtype
@@ -27,6 +29,8 @@ from .materialize import Cut, model_cut
 from .progress import RunProgress
 from .sizing import Sizing
 from .step import TrainingStep, endless, with_labels
+
+log = logging.getLogger("acip_kernels")
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
@@ -173,6 +177,8 @@ class _Run:
                 )
         if quantizer.is_transformers(self.model):
             quantizer.attach_factorized(self.model)
+        if self.device.type == "cpu" and extension.missing:
+            log.warning("plain PyTorch runs instead of the native kernels, which are %s", extension.missing)
         self.layers = svd_layers(self.model)
         self.sizing = Sizing.of(self.model, adapters=False)
         self.training = TrainingStep(self.model, config)
@@ -227,7 +233,7 @@ class _Run:
                 ranks = self.map.ranks().cpu()
                 ratio = self.sizing.ratio(ranks)
             if config.compact_every and (self.step + 1) % config.compact_every == 0:
-                self.training.compact()
+                self.training.compact(ranks=ranks.tolist())
         else:
             ratio = self.history[-1]["size_ratio"]
         self.seconds += time.monotonic() - started
@@ -268,8 +274,7 @@ class _Run:
         with torch.no_grad():
             flat = torch.cat([live[name] for name in self.layers]).to(self.device)
             self.map.masks.masked_fill_(~flat & (self.map.masks > 0), 0.0)
-        for layer in self.layers.values():
-            layer.update_weight()
+        self.training.update_weights(self.map.ranks(self.map.masks).tolist())
         # As if the step itself had pruned them: first time, hence -1.
         scores, masks = self.map.scores, self.map.flat_masks()
         self.map.scores = torch.where((scores > 0) & (masks <= 0), -torch.ones_like(scores), scores)
@@ -326,7 +331,7 @@ class _Run:
         with files.open_tensors(path) as file:
             about = json.loads((file.metadata() or {}).get("acip", "{}"))
             if about.get("format_version") != 2:
-                raise ValueError(f"{path} is not a checkpoint of this version's compress()")
+                raise ValueError(f"{path} is of another version of compress(): give another output directory")
             self.check_same_run(path, about)
             tensors = {name: files.read_tensor(file, path, name) for name in list(file.keys())}
         self.step, self.phase, self.tune_start = about["step"], about["phase"], about["tune_start"]

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ..models.loss import IGNORE, CausalLoss
+from ..nn import SVDLinear
 from ..plan import training_plan
 from .config import CompressionConfig
 from .factorize import svd_layers
 from .scores import ScoreMap, updated_scores
 
-# Ranks that are computed are a multiple of this, while there are dead ones to fill up with: products of odd widths took
-# 3 to 8 % longer (float32, AVX2, 1024 tokens, widths 224 to 340).
+# Ranks that are computed are a multiple of this, while there are dead ones to fill up with: products of other widths
+# take longer (`bench.training_parts`).
 RANK_MULTIPLE = 8
-# What has to have died of a layer's computed ranks for a copy of the rest to be made. Copying all layers took 3 % of a
-# step, so at this share it has paid after one.
+# What has to have died of a layer's computed ranks for a copy of the rest to be made. Copying all layers costs about
+# this share of a step (`bench.training_parts`), so it has paid after one.
 WORTH_COMPACTING = 1 / 32
 
 
@@ -65,6 +66,9 @@ class TrainingStep:
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
         self.loss = CausalLoss(model, None if config.lean_loss else False)
         self.tokens = 0
+        # Layers on the effective route, and the adapters' copies among the factors: known until the next compaction.
+        self.effective: list[SVDLinear] = []
+        self._copies: list[tuple[Tensor, Tensor]] | None = None
         model.train()
 
     def __call__(self, batches: list[dict], penalty: float | None = None) -> StepOutcome:
@@ -78,7 +82,7 @@ class TrainingStep:
             batch_loss = self.loss(with_labels(batch, self.device)) / len(batches)
             batch_loss.backward()
             loss += batch_loss.detach()
-        for layer in self.layers.values():
+        for layer in self.effective:
             layer.collect_gradients()
         trained = [p.grad for p in self.adapters.values() if p.grad is not None]
         if pruning:
@@ -97,13 +101,26 @@ class TrainingStep:
         ranks = self.map.ranks(scores)
         numbers = torch.cat([torch.stack([loss.double(), norm.double()]), ranks.double()]).tolist()
         finite = all(map(math.isfinite, numbers[:2]))
+        ranks = [int(rank) for rank in numbers[2:]]
         if finite:
             self.map.scores = scores
-            for layer in self.layers.values():
-                layer.write_adapter()
-                if pruning:
-                    layer.update_weight()
-        return StepOutcome(numbers[0], numbers[1], [int(rank) for rank in numbers[2:]], finite)
+            self._write_adapters()
+            if pruning:
+                self.update_weights(ranks)
+        return StepOutcome(numbers[0], numbers[1], ranks, finite)
+
+    @torch.no_grad()
+    def _write_adapters(self) -> None:
+        """The new adapters into the joined factors, in one call."""
+        if self._copies is None:
+            self._copies = [pair for layer in self.layers.values() for pair in layer.adapter_copies()]
+        if self._copies:
+            torch._foreach_copy_(*map(list, zip(*self._copies, strict=True)))
+
+    def update_weights(self, ranks: list[int]) -> None:
+        """The dense weights of the effective route after masks have changed, given the live ranks of all layers."""
+        for layer, rank in zip(self.layers.values(), ranks, strict=True):
+            layer.update_weight(rank)
 
     def freeze_masks(self) -> None:
         """From here on the adapters alone are trained, at the tuning phase's rate."""
@@ -111,6 +128,7 @@ class TrainingStep:
             layer.mask.requires_grad_(False)
             layer.mask.grad = None
             layer.take_route("factored")
+        self.effective = []
         self.map.masks.grad = None  # AdamW would go on by its momentum
         self.map.masks.requires_grad_(False)
         if self.adapters:
@@ -119,14 +137,19 @@ class TrainingStep:
 
     # ---- what is computed, and how
 
-    def compact(self, everything: bool = False) -> None:
-        """Leave out what has died where enough has (with `everything`, all of it), and choose each layer's route."""
+    def compact(self, everything: bool = False, ranks: list[int] | None = None) -> None:
+        """Leave out what has died where enough has (with `everything`, all of it), and choose each layer's route.
+
+        ranks: live ones of each layer, as the last step's outcome has them; None to count the masks.
+        """
         if self.config.compact_every:
-            for layer, rank in zip(self.layers.values(), self.map.ranks(self.map.masks).tolist(), strict=True):
+            ranks = self.map.ranks(self.map.masks).tolist() if ranks is None else ranks
+            for layer, rank in zip(self.layers.values(), ranks, strict=True):
                 computed = layer.computed_rank
                 rank = min(-(-rank // RANK_MULTIPLE) * RANK_MULTIPLE, layer.full_rank)
                 if rank < computed * (1.0 if everything else 1 - WORTH_COMPACTING):
                     layer.compact(_filled_up(layer.live, rank), join=True)
+                    self._copies = None
         self._choose_routes()
 
     def _prepare(self, batches: list[dict]) -> None:
@@ -138,6 +161,7 @@ class TrainingStep:
         for layer in self.layers.values():
             if layer.adapter_rank and not layer._joined:
                 layer.compact(self.computed(layer), join=True)
+                self._copies = None
         self._choose_routes()
 
     def _choose_routes(self) -> None:
@@ -155,6 +179,7 @@ class TrainingStep:
                 route=self.config.route,
             )
             layer.take_route(plan.route)
+        self.effective = [layer for layer in self.layers.values() if layer.route == "effective"]
 
     @staticmethod
     def computed(layer) -> Tensor:

@@ -84,12 +84,12 @@ class SVDLinear(nn.Module):
             self.lora_B = nn.Parameter(torch.zeros(self.out_features, adapter_rank, dtype=precise, device=U.device))
         self.save_z = True
         # What follows from the rest, and is never saved. After compact(): which entries are computed, and their Vh, U
-        # and S, after the adapter's if `_joined`. On the effective route: the dense weight, and what it is made of.
+        # and S, after the adapter's if `_joined`. On the effective route: the dense weight, and its rank.
         self._rows: Tensor | None = None
         self._factors: tuple[Tensor, Tensor, Tensor] | None = None
         self._joined = False
         self._weight: Tensor | None = None
-        self._weight_live: Tensor | None = None
+        self._weight_rank = 0
         self._collector = Collector()
 
     @classmethod
@@ -115,7 +115,8 @@ class SVDLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         adapter = self._adapter() if self.adapter_rank else None
-        if self._weight is not None and torch.is_grad_enabled():
+        # A compiler cannot follow gradients that come later, by `collect_gradients`; the other route is as exact.
+        if self._weight is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return effective_linear(x, self._weight, self.mask, self.bias, adapter, self._collector)
         Vh, U, S = self._factors or (self.Vh, self.U, self.S)
         return masked_svd_linear(
@@ -189,13 +190,18 @@ class SVDLinear(nn.Module):
         self._rows = self._factors = None
         self._joined = False
 
+    def adapter_copies(self) -> list[tuple[Tensor, nn.Parameter]]:
+        """What `compact(join=True)` has copied of `lora_A` and `lora_B`: pairs of a copy and its original."""
+        if not self._joined:
+            return []
+        Vh, U, _ = self._factors
+        return [(Vh[: self.adapter_rank], self.lora_A), (U[:, : self.adapter_rank], self.lora_B)]
+
     @torch.no_grad()
     def write_adapter(self) -> None:
-        """Bring what `compact(join=True)` has copied of `lora_A` and `lora_B` up to date."""
-        if self._joined:
-            Vh, U, _ = self._factors
-            Vh[: self.adapter_rank] = self.lora_A
-            U[:, : self.adapter_rank] = self.lora_B
+        """Bring those copies up to date."""
+        for copy, original in self.adapter_copies():
+            copy.copy_(original)
 
     @torch.no_grad()
     def take_route(self, route: str) -> None:
@@ -206,7 +212,7 @@ class SVDLinear(nn.Module):
         optimizer's step; and `update_weight` after it.
         """
         if route == "factored":
-            self._weight = self._weight_live = None
+            self._weight = None
         elif self._weight is None:
             self._make_weight(self.live)
 
@@ -217,14 +223,16 @@ class SVDLinear(nn.Module):
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """On the effective route: add the gradients of all backward passes since the last call to `mask.grad` etc."""
+        if self._collector.total is None:
+            return
         Vh, U, S = self._factors or (self.Vh, self.U, self.S)
         r = self.adapter_rank if self._joined else 0
         live = self.mask if self._rows is None else self.mask[self._rows]
-        adapter = self._adapter() if self.adapter_rank else None
-        found = self._collector.gradients(Vh[r:], U[:, r:], S, live, self.mask_scale, adapter)
-        if found is None:
-            return
-        dmask, dA, dB = found
+        adapter = None
+        if self.adapter_rank:
+            dropout = self.adapter_dropout if self.training else 0.0
+            adapter = Adapter(self.lora_A, self.lora_B, self.adapter_scaling, dropout=dropout)
+        dmask, dA, dB = self._collector.gradients(Vh[r:], U[:, r:], S, live, self.mask_scale, adapter)
         if self._rows is not None:
             dmask = torch.zeros_like(self.mask).index_copy_(0, self._rows, dmask)
         for parameter, gradient in (
@@ -236,19 +244,20 @@ class SVDLinear(nn.Module):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     @torch.no_grad()
-    def update_weight(self) -> None:
-        """On the effective route: make the dense weight again if an entry has died.
+    def update_weight(self, rank: int | None = None) -> None:
+        """On the effective route: make the dense weight anew after masks have changed.
 
-        Made anew, not by subtracting what died: that would be cheaper, but would add up rounding errors, and a run that
-        was interrupted would go on with other bits.
+        rank: how many entries are live, for who knows that some may have died but none come back: with as many as
+        before there is nothing to do. What died is not subtracted instead: that would be cheaper, but would add up
+        rounding errors, and a run that was interrupted would go on with other bits.
         """
-        if self._weight is not None and bool((self._weight_live & ~self.live).any()):
+        if self._weight is not None and rank != self._weight_rank:
             self._make_weight(self.live)
 
     def _make_weight(self, live: Tensor) -> None:
         dtype = self.S.dtype
         weight = (self.U[:, live].to(dtype) * self.S[live]) @ self.Vh[live].to(dtype)
-        self._weight, self._weight_live = weight.to(self.U.dtype), live
+        self._weight, self._weight_rank = weight.to(self.U.dtype), int(live.sum())
 
     @torch.no_grad()
     def set_live(self, live: Tensor) -> None:

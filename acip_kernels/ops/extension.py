@@ -1,4 +1,4 @@
-"""The native extension: whether it is built, and what it takes. Importing it registers its operators with torch."""
+"""The native extension: whether it is there, and what it takes. Importing it registers its operators with torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
+# Why there are no native kernels; None where there are.
+missing: str | None = None
 try:
     from .. import _native as module
-except ImportError:  # not built: no compiler, or installed in a build without torch
+except ModuleNotFoundError:
     module = None
+    missing = "not built: install with a C++ compiler and --no-build-isolation"
+except ImportError as error:  # built, but for another torch or another machine
+    module = None
+    missing = f"built, but not to be loaded ({error}): build it again for torch {torch.__version__}"
 
 
 def available() -> bool:

@@ -30,7 +30,7 @@ def linear_cross_entropy(
         x: `[tokens, in_features]`. weight: `[classes, in_features]`, frozen, in x's dtype. labels: int64 `[tokens]`.
         bias: `[classes]`, frozen, or None. ignore_index: the label that counts nothing.
         chunk_tokens: None for as many as make 2²⁵ logits (128 MB in float32), at least 32: each chunk reads all of
-            `weight`, and with 85 tokens that was a third slower than with 512 (49 k classes, 2 cores).
+            `weight`, so small ones are slow (`bench.training_parts`).
 
     Returns:
         A scalar in float32 (float64 for float64 `x`). Logits are rounded to x's dtype, as the ordinary path does, but

@@ -46,12 +46,9 @@ class Collector:
     def gradients(self, Vh: Tensor, U: Tensor, S: Tensor, mask: Tensor, mask_scale: float, adapter: Adapter | None):
         """`(dmask, dA, dB)` for the entries of `Vh [rank, in]`, `U [out, rank]`, `S`, `mask [rank]`; empties `M`.
 
-        `dA` and `dB` are None where there is no adapter or its gradients came with the backward pass. None if nothing
-        was collected.
+        `dA` and `dB` are None where there is no adapter or its gradients came with the backward pass.
         """
         M, self.total = self.total, None
-        if M is None:
-            return None
         diagonal = torch.mm(U.to(M.dtype).t(), M).mul_(Vh).sum(1)
         dmask = (diagonal * S / mask_scale).masked_fill_(mask <= 0, 0)
         if adapter is None or adapter.dropout:
