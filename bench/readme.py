@@ -1,7 +1,7 @@
 """Write the measured numbers into README.md and docs/training.md: `python -m bench.readme [runs/demo/summary.json]`.
 
 The README's are those of `make demo`; with a path, that summary is first stored under `bench/results/`, and its plots
-under `docs/`. The training page's are those of `bench.training_step`, `.training_profile` and `.training_routes`. So no
+under `docs/`. The training page's are those of `bench.training_step` and its neighbours. So no
 number there is typed by hand; a test compares them with what this file makes of the stored results.
 """
 
@@ -14,7 +14,7 @@ import sys
 
 from acip_kernels import files, report
 
-from . import training_profile, training_routes, training_step
+from . import training_parts, training_profile, training_routes, training_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
@@ -70,8 +70,15 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             parts.append(training_step.layers_table(summary["layers"]))
         profile = path.with_name(path.name.replace("training_step", "training_profile"))
         if profile.exists():
+            profiled = files.read_json(profile)
             parts.append("Where the time of one step goes, by torch's profiler:\n")
-            parts.append(training_profile.table(files.read_json(profile)["seconds"]))
+            parts.append(training_profile.table(profiled["seconds"]))
+            parts.append(memory_lines(profiled["formula_bytes"], summary["rows"]))
+        parts.append(reading(summary))
+        choices = path.with_name(path.name.replace("training_step", "training_parts"))
+        if choices.exists():
+            parts.append("Single choices, the one that was taken first:\n")
+            parts.append(training_parts.table(files.read_json(choices)["rows"]))
         routes = path.with_name(path.name.replace("training_step", "training_routes"))
         if routes.exists():
             rows = files.read_json(routes)["rows"]
@@ -81,6 +88,30 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         parts.append("### GPU\n")
         parts.append("Not measured: `make gpu` writes what belongs here.\n")
     return "\n".join(parts)
+
+
+def memory_lines(by_size: dict, rows: list[dict]) -> str:
+    """The formula's bytes beside the measured peak, which holds the whole model, its activations and PyTorch too."""
+    peaks = {row["ratio"]: row["memory"]["peak_bytes"] for row in rows if row["variant"] == "ours" and row["memory"]}
+    lines = [
+        [f"{100 * float(size):.0f} %", *(f"{value / 1e9:.2f}" for value in found.values()),
+         f"{sum(found.values()) / 1e9:.2f}", f"{peaks[float(size)] / 1e9:.2f}" if float(size) in peaks else "–"]
+        for size, found in by_size.items()
+    ]  # fmt: skip
+    head = ["GB at live size", "frozen", "trained", "kept", "the layers in all", "measured peak of the process"]
+    return training_step.markdown(head, lines)
+
+
+def reading(summary: dict) -> str:
+    """What the table says, in words."""
+    rows = {(row["variant"], row["ratio"]): row for row in summary["rows"]}
+    peft, full, small = rows["peft", 1.0], rows["ours", 1.0], rows["ours", 0.4]
+
+    def against(row: dict) -> str:
+        operations, time = row["flops"] / peft["flops"], row["to_peft"]["median"]
+        return f"{operations:.2f} times the operations of LoRA on the dense model, and {time:.2f} times its time"
+
+    return f"At full size a step is {against(full)}; at 40 %, {against(small)}.\n"
 
 
 def with_block(text: str, made: str) -> str:

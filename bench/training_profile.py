@@ -12,6 +12,7 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 from acip_kernels import files, report
+from acip_kernels.plan import training_memory
 
 from .training_step import Ours, Setting, markdown, name_of, result_path
 
@@ -58,6 +59,19 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return markdown(["ms of one step", *(f"live size {100 * float(size):.0f} %" for size in sizes)], lines)
 
 
+def formula(ours: Ours, setting: Setting) -> dict[str, int]:
+    """Bytes by `plan.training_memory`, over all layers."""
+    total = dict.fromkeys(("frozen", "trained", "kept"), 0)
+    for layer in ours.layers:
+        one = training_memory(
+            setting.tokens, layer.in_features, layer.out_features, layer.full_rank, layer.computed_rank,
+            layer.adapter_rank, route=layer.route, dropout=setting.dropout > 0, itemsize=setting.dtype.itemsize,
+        )  # fmt: skip
+        for name in total:
+            total[name] += getattr(one, name)
+    return total
+
+
 def main(dropout: Annotated[float, typer.Option(help="On the adapters' input.")] = 0.05):
     """Time of one training step by kind of operation, at live sizes 1.0 and 0.4."""
     from acip_kernels.compress.config import compute_dtype
@@ -66,16 +80,17 @@ def main(dropout: Annotated[float, typer.Option(help="On the adapters' input.")]
     setting = Setting(
         model=None, device=device, dtype=compute_dtype("auto", device), batch=2, length=512, dropout=dropout
     )
-    ours, ids, results = Ours(setting), setting.first_ids(), {}
+    ours, ids, results, memory = Ours(setting), setting.first_ids(), {}, {}
     for ratio in (1.0, 0.4):
         ours.resize(ratio)
         ours.step(ids)
         results[str(ratio)] = profiled(functools.partial(ours.step, ids))
+        memory[str(ratio)] = formula(ours, setting)
     print(table(results))
     about = report.device_description(device) | {"dtype": name_of(setting.dtype)}
     step_path = result_path(about["device"], setting.dtype)
     path = step_path.with_name(step_path.name.replace("training_step", "training_profile"))
-    files.write_text(path, json.dumps({"device": about, "seconds": results}, indent=2) + "\n")
+    files.write_text(path, json.dumps({"device": about, "seconds": results, "formula_bytes": memory}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
