@@ -219,7 +219,14 @@ def test_without_the_extension_the_reference_runs_and_its_name_raises():
 def test_a_failed_build_is_one_line_and_no_failed_installation(tmp_path, fault):
     change = {"CXX": "/nonexistent/c++"} if fault == "no compiler" else {"ACIP_NO_NATIVE": "1"}
     command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}/lib"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | change, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "ACIP_REQUIRE_NATIVE"}
+    done = subprocess.run(command, cwd=ROOT, env=environment | change, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("acip_kernels: ")]
     assert len(lines) == 1 and "plain PyTorch runs instead" in lines[0]
+
+
+def test_who_requires_the_extension_gets_a_failure(tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}/lib"]
+    environment = os.environ | {"CXX": "/nonexistent/c++", "ACIP_REQUIRE_NATIVE": "1"}
+    assert subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode != 0
