@@ -4,11 +4,20 @@ Importing this package registers the weight format "acip" with transformers, so 
 has saved.
 """
 
-from .compress import CompressionConfig, CompressionResult, Sizing, compress, factorize, materialize
+from .compress import (
+    CompressionConfig,
+    CompressionResult,
+    NestedConfig,
+    RankingConfig,
+    Sizing,
+    compress,
+    factorize,
+    materialize,
+)
 from .compress.finetune import finetune
 from .compress.scores import score_by_singular_values
 from .models.saving import load, save
-from .nn import LowRankLinear, SVDLinear
+from .nn import LowRankLinear, PivotLinear, SVDLinear
 from .ops import linear_cross_entropy, lowrank_linear, masked_svd_linear
 from .version import __version__
 
@@ -16,6 +25,9 @@ __all__ = [
     "CompressionConfig",
     "CompressionResult",
     "LowRankLinear",
+    "NestedConfig",
+    "PivotLinear",
+    "RankingConfig",
     "SVDLinear",
     "Sizing",
     "__version__",

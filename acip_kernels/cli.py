@@ -71,7 +71,17 @@ def main():
         raise SystemExit(1) from None
 
 
+_PANELS = {"NestedConfig": "nested, importance, svd_llm, asvd, svd", "CompressionConfig": "acip (--recipe paper)"}
 _CONFIG_HELP = {
+    "allocation": "How sizes are divided among layers: worth; global; sensitivity or uniform (asvd); loss or uniform "
+    "(svd_llm). Default: the method's first.",
+    "sensitivity_batches": "Batches that the sensitivity of each layer is measured on (asvd).",
+    "forms": "Forms that layers may be stored in: dense, factors, pivoted (repeatable).",
+    "magnitude_power": "ASVD's α.",
+    "learning_rate": "AdamW's highest learning rate (nested).",
+    "warmup_steps": "Steps in which it rises to that (nested).",
+    "smallest_ratio": "The smallest size that is trained (nested) …",
+    "largest_ratio": "… and the largest.",
     "targets": "What to factorize: all-linear, or a regular expression over the layers' names.",
     "exclude": "Names, or last parts of names, of layers to leave as they are (repeatable).",
     "basis": "Decompose by the weights alone, or by what the activations make of them.",
@@ -103,9 +113,20 @@ _CONFIG_HELP = {
 }
 
 
+# The methods of `compress`, and the class of their configuration; the first is the default.
+METHODS = {
+    "nested": "NestedConfig",
+    "acip": "CompressionConfig",
+    "importance": "RankingConfig",
+    "svd_llm": "RankingConfig",
+    "asvd": "RankingConfig",
+    "svd": "RankingConfig",
+}
+
+
 def _with_config_options(command):
-    """Give `command` an option for every field of `CompressionConfig`; they arrive in its `config` dict."""
-    from .compress.config import CompressionConfig
+    """Give `command` an option for every field of the methods' configurations; they arrive in its `config` dict."""
+    import acip_kernels
 
     parameters = dict(inspect.signature(command).parameters)
     hints = typing.get_type_hints(command, include_extras=True)
@@ -113,25 +134,30 @@ def _with_config_options(command):
     shown = {}
     for name, parameter in parameters.items():
         shown[name] = parameter.replace(annotation=hints[name])
-    field_types = typing.get_type_hints(CompressionConfig)
-    for field in dataclasses.fields(CompressionConfig):
-        kind = field_types[field.name]
+    names = set()
+    owners: dict[str, list] = {}
+    for configuration in (acip_kernels.NestedConfig, acip_kernels.CompressionConfig):
+        for field in dataclasses.fields(configuration):
+            owners.setdefault(field.name, []).append((configuration, field))
+    for name, owned in owners.items():
+        if name in ("steps", "method"):  # options of the command itself
+            continue
+        kind = typing.get_type_hints(owned[0][0])[name]
         # Of `str | tuple[str, …]` a command line has the string, of `T | None` the T.
         union = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         kind = next(
             one for one in union if (one is not type(None) and typing.get_origin(one) is not tuple) or len(union) == 1
         )
-        if field.name == "exclude":
+        if typing.get_args(kind) == (str, ...):
             kind = list[str]
-        default = "" if field.default in (None, ()) else f" [default: {field.default}]"
-        option = typer.Option(help=_CONFIG_HELP[field.name] + default, rich_help_panel="The run", show_default=False)
-        shown[field.name] = inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[kind | None, option],
+        defaults = list(dict.fromkeys(str(field.default) for _, field in owned if field.default not in (None, ())))
+        default = f" [default: {' or '.join(defaults)}]" if defaults else ""
+        panel = "Every method" if len(owned) == 2 else _PANELS[owned[0][0].__name__]
+        option = typer.Option(help=_CONFIG_HELP[name] + default, rich_help_panel=panel, show_default=False)
+        shown[name] = inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
         )
-    names = {field.name for field in dataclasses.fields(CompressionConfig)}
+        names.add(name)
 
     def wrapped(**options):
         config = {name: options.pop(name) for name in names}
@@ -144,6 +170,31 @@ def _with_config_options(command):
     return wrapped
 
 
+def _configuration(method: str | None, recipe: str, steps: int | None, fields: dict):
+    """The configuration that `compress`'s options mean."""
+    import acip_kernels
+
+    if recipe not in ("best", "paper"):
+        raise ValueError(f"--recipe must be best or paper, got {recipe!r}")
+    if recipe == "paper" and method not in (None, "acip"):
+        raise ValueError(f"--recipe paper is --method acip, got --method {method}")
+    method = method or ("acip" if recipe == "paper" else "nested")
+    if method not in METHODS:
+        raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {method!r}")
+    kind = getattr(acip_kernels, METHODS[method])
+    known = {field.name for field in dataclasses.fields(kind)}
+    foreign = [f"--{name.replace('_', '-')}" for name in fields if name not in known]
+    if foreign:
+        raise ValueError(f"--method {method} has no {', '.join(foreign)}")
+    if METHODS[method] == "RankingConfig":
+        if steps is not None:
+            raise ValueError(f"--method {method} trains nothing, and has no --steps")
+        return kind(method=method, **fields)
+    if method == "acip":
+        return kind(**fields) if steps is None else kind.short(steps, **fields)
+    return kind(**fields) if steps is None else kind(steps=steps, **fields)
+
+
 @app.command()
 @_with_config_options
 def compress(
@@ -151,9 +202,21 @@ def compress(
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for the run and its result.")],
     data: Data = "c4",
     column: Column = "text",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="nested (rank by importance, then train at all sizes), acip (the paper's run), or a ranking without "
+            "training: importance, svd_llm, asvd, svd. [default: nested]",
+            show_default=False,
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="best, or paper: the method of the ACIP paper as it is.")] = "best",
     steps: Annotated[
         int | None,
-        typer.Option(help="A short run: reach the stop ratio in so many steps. Without it, the reference's schedule."),
+        typer.Option(
+            help="Training steps. For acip: a short run that reaches the stop ratio in so many steps; without it, the "
+            "reference's schedule."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
@@ -172,11 +235,10 @@ def compress(
     """
     from . import data as texts
     from . import report
-    from .compress import CompressionConfig
     from .compress import compress as run
     from .models.saving import checkpoint_dtype
 
-    settings = CompressionConfig(**config) if steps is None else CompressionConfig.short(steps, **config)
+    settings = _configuration(method, recipe, steps, config)
     loaded, tokenizer = _load(model, device, settings.dtype)
     stored_dtype = checkpoint_dtype(model)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
@@ -188,12 +250,12 @@ def compress(
     result.model.to(stored_dtype or result.model.dtype)
     target = output / "elastic"
     result.save(target, compact=compact, tokenizer=tokenizer, base_model=model, overwrite=True)
-    plots = [*report.plot_history(result.history, output / "plots" / "history")]
+    plots = list(report.plot_history(result.history, output / "plots" / "history")) if result.history else []
     plots += report.plot_ranks(_ranks(result.cut(settings.stop_ratio, adapters="drop")), output / "plots" / "ranks")
     _print(
         {
             "elastic": str(target),
-            "history": str(output / "history.jsonl"),
+            "history": str(output / "history.jsonl") if result.history else None,
             "plots": [str(plot) for plot in plots],
             "steps": len(result.history),
             "size_ratio": result.size_ratio,
@@ -369,7 +431,7 @@ def info(
     if acip.get("quant_method") == "acip":
         about["kind"] = acip["kind"]
     if about["kind"] == "elastic":
-        from .compress.run import CompressionResult
+        from .compress.result import CompressionResult
 
         result = CompressionResult.load(path)
         about |= {"compact": acip.get("compact", False), "run_ended_at": result.size_ratio}
@@ -423,7 +485,7 @@ def plot(
             written += report.plot_history(report.read_history(histories[0]), target / "history")
         checkpoint = source / "elastic" if (source / "elastic").is_dir() else source
         if _is_elastic(checkpoint):
-            from .compress.run import CompressionResult
+            from .compress.result import CompressionResult
 
             result = CompressionResult.load(checkpoint)
             ratio = size_ratio or (result.config.stop_ratio if result.config else 0.5)

@@ -10,8 +10,8 @@ from torch import nn
 
 from acip_kernels import SVDLinear, compress, factorize, materialize, score_by_singular_values
 from acip_kernels.compress.basis import input_covariances, whitened_svd
+from acip_kernels.compress.config import CompressionConfig
 from acip_kernels.compress.factorize import cached_svd
-from acip_kernels.compress.run import CompressionConfig
 from acip_kernels.models.targets import choose_targets, linear_layers
 
 

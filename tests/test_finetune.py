@@ -6,18 +6,19 @@ import pytest
 import torch
 import toys
 
-from acip_kernels import LowRankLinear, SVDLinear, finetune, materialize
+from acip_kernels import LowRankLinear, PivotLinear, SVDLinear, finetune, materialize
 
 BATCHES = [{"input_ids": toys.token_ids(seed=seed)} for seed in range(2)]
 
 
-def materialized():
-    return materialize(toys.toy_result(toys.llama()), size_ratio=0.5)
+def materialized(**options):
+    return materialize(toys.toy_result(toys.llama()), size_ratio=0.5, **options)
 
 
-def test_only_new_adapters_are_trained_and_the_loss_falls():
-    model = materialized()
-    lowrank = {name for name, module in model.named_modules() if isinstance(module, LowRankLinear) and module.rank}
+@pytest.mark.parametrize("form", ["factors", "pivoted"])
+def test_only_new_adapters_are_trained_and_the_loss_falls(form):
+    model, kind = materialized(forms=(form,)), LowRankLinear if form == "factors" else PivotLinear
+    lowrank = {name for name, module in model.named_modules() if isinstance(module, kind) and module.rank}
     before = copy.deepcopy(model)
     result = finetune(model, BATCHES, 30, learning_rate=5e-3, adapter_rank=2, adapter_dropout=0.0, progress=False)
     layers = {name: module for name, module in result.model.named_modules() if isinstance(module, SVDLinear)}
@@ -26,7 +27,8 @@ def test_only_new_adapters_are_trained_and_the_loss_falls():
     assert len(losses) == 30 and sum(losses[-4:]) < 0.9 * sum(losses[:4])
     for name, layer in layers.items():
         old = before.get_submodule(name)
-        assert torch.equal(layer.U, old.U.weight) and torch.equal(layer.Vh, old.Vh.weight)
+        Vh, U = (old.Vh.weight, old.U.weight) if form == "factors" else old.factors()
+        assert torch.equal(layer.U, U) and torch.equal(layer.Vh, Vh)
         assert layer.lora_B.abs().max() > 0
     # Before the first step the adapters change nothing.
     labels = BATCHES[0]["input_ids"]

@@ -15,7 +15,7 @@ from toys import assert_close, logits
 from transformers.pytorch_utils import Conv1D
 
 import acip_kernels
-from acip_kernels import LowRankLinear, Sizing, SVDLinear, evaluate, materialize
+from acip_kernels import LowRankLinear, PivotLinear, Sizing, SVDLinear, evaluate, materialize
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.sizing import COUNTS
 
@@ -109,7 +109,9 @@ def test_any_module_can_be_cut():
     acip_kernels.factorize(model, adapter_rank=0)
     acip_kernels.score_by_singular_values(model)
     new = materialize(model, 0.6)
-    assert [type(module) for module in new] == [LowRankLinear, nn.Tanh, LowRankLinear]
+    assert [type(module) for module in new] == [PivotLinear, nn.Tanh, PivotLinear]
+    plain = materialize(model, 0.6, forms=("factors",))
+    assert [type(module) for module in plain] == [LowRankLinear, nn.Tanh, LowRankLinear]
     x = torch.randn(5, 8)
     with torch.no_grad():
         assert_close(new(x), acip_kernels.CompressionResult(model).at(0.6)(x))
@@ -124,23 +126,33 @@ def test_the_training_state_is_kept():
 # ---- forms
 
 
-def test_every_layer_takes_its_cheapest_form(result):
+@pytest.mark.parametrize("forms", [("dense", "factors", "pivoted"), ("pivoted",), ("dense", "factors"), ("dense",)])
+def test_every_layer_takes_its_cheapest_form(result, forms):
     kinds = set()
     for size_ratio in (1.0, 0.9, 0.8, 0.3):
-        cut, model = result.cut(size_ratio), materialize(result, size_ratio)
+        if forms == ("dense",) and size_ratio < 1:
+            continue  # nothing can be saved
+        cut, model = result.cut(size_ratio, forms=forms), materialize(result, size_ratio, forms=forms)
         for (name, layer), rank in zip(svd_layers(result.model).items(), cut.ranks.tolist()):
             new, rank = model.get_submodule(name), rank + layer.adapter_rank
-            dense = layer.out_features * layer.in_features
-            factors = rank * (layer.out_features + layer.in_features)
-            if dense <= factors:
-                assert type(new) is (Conv1D if layer.source_type == "Conv1D" else nn.Linear)
-                assert new.weight.numel() == dense
-            else:
-                assert type(new) is LowRankLinear
+            out, in_ = layer.out_features, layer.in_features
+            sizes = {nn.Linear: out * in_}
+            if "factors" in forms:
+                sizes[LowRankLinear] = rank * (out + in_)
+            if "pivoted" in forms and rank < min(out, in_):
+                sizes[PivotLinear] = rank * (out + in_ - rank) + math.ceil(out / 8)
+            smallest = min(sizes, key=sizes.get)
+            assert type(new) is (Conv1D if smallest is nn.Linear and layer.source_type == "Conv1D" else smallest)
+            if smallest is LowRankLinear:
                 assert new.rank == rank
-                assert new.Vh.weight.numel() + new.U.weight.numel() == factors
+                assert new.Vh.weight.numel() + new.U.weight.numel() == sizes[smallest]
+            elif smallest is PivotLinear:
+                assert new.rank == rank
+                assert new.P.weight.numel() + new.C.weight.numel() + new.is_pivot.numel() == sizes[smallest]
+            else:
+                assert new.weight.numel() == out * in_
             kinds.add(type(new))
-    assert len(kinds) == 2
+    assert len(kinds) > 1 or forms == ("dense",)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
@@ -176,7 +188,7 @@ def test_truncated_adapters_are_the_best_approximation(result, size_ratio):
         layer.set_live(cut.live[name])
         weight = layer.effective_weight().double()
         new, rank = model.get_submodule(name), int(cut.live[name].sum())
-        if type(new) is not LowRankLinear:
+        if type(new) not in (LowRankLinear, PivotLinear):
             new = (new.weight.t() if type(new) is Conv1D else new.weight).detach()
             best = weight  # a dense matrix has room for all of it
         else:
@@ -251,7 +263,7 @@ def test_rank_multiple_rounds_stored_ranks_within_the_target(llama_result, adapt
         model, cut = materialize(llama_result, size_ratio, **options), llama_result.cut(size_ratio, **options)
         assert size_ratio - 0.2 < stored_ratio(model, cut) <= size_ratio
         for name, module in model.named_modules():
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, LowRankLinear | PivotLinear):
                 assert module.rank % rank_multiple == 0
                 # Rounding up is not padding: what is stored is live.
                 assert module.rank == int(cut.live[name].sum()) + 2 * (adapters == "merge")
@@ -262,8 +274,9 @@ def stored_ratio(model, cut):
     stored = 0
     for name in cut.live:
         module = model.get_submodule(name)
-        weights = [module.Vh.weight, module.U.weight] if isinstance(module, LowRankLinear) else [module.weight]
-        stored += sum(weight.numel() for weight in weights)
+        bias = (module.U if isinstance(module, LowRankLinear) else module).bias
+        stored += sum(tensor.numel() for tensor in module.state_dict().values())
+        stored -= 0 if bias is None else bias.numel()
     return stored / int(cut.sizing.dense.sum())
 
 
@@ -324,6 +337,12 @@ def test_counts_are_what_the_file_holds(result, adapters, size_ratio, rank_multi
     dense = cut.sizing.rest + int(cut.sizing.dense.sum())
     assert cut.ratios["stored"] == sum(numbers.values()) / dense
     assert evaluate.parameter_counts(model)["stored"] == cut.parameters
+    for dtype in (torch.float32, torch.bfloat16):
+        file = tmp_path / str(dtype)
+        acip_kernels.save(model.to(dtype), file)
+        file = file / "model.safetensors"
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        assert file.stat().st_size - header == cut.bytes(dtype)
 
 
 def test_the_dense_count_is_the_dense_models():

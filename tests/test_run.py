@@ -18,7 +18,7 @@ from torch import nn
 
 from acip_kernels import CompressionConfig, SVDLinear, compress, factorize
 from acip_kernels.compress.config import compute_dtype
-from acip_kernels.compress.run import CHECKPOINT, HISTORY
+from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.scores import ScoreMap, updated_scores
 
 

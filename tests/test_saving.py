@@ -16,7 +16,16 @@ from toys import assert_close, logits
 from transformers import AutoModelForCausalLM
 
 import acip_kernels
-from acip_kernels import CompressionConfig, CompressionResult, LowRankLinear, SVDLinear, load, materialize, save
+from acip_kernels import (
+    CompressionConfig,
+    CompressionResult,
+    LowRankLinear,
+    PivotLinear,
+    SVDLinear,
+    load,
+    materialize,
+    save,
+)
 from acip_kernels.compress.factorize import svd_layers
 
 SIZES = (1.0, 0.8, 0.5, 0.1)
@@ -58,7 +67,14 @@ def llama(root):
 
 
 def ranks(model):
-    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    return {
+        name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear | PivotLinear)
+    }
+
+
+def dtypes(model):
+    """Of its numbers; a pivoted layer's bits are none."""
+    return {tensor.dtype for name, tensor in model.state_dict().items() if not name.endswith("is_pivot")}
 
 
 def weights(path):
@@ -333,7 +349,7 @@ def test_options_of_from_pretrained(llama, low_rank, options):
 
 def test_dtypes_are_honoured(llama, low_rank):
     model = AutoModelForCausalLM.from_pretrained(low_rank, dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    assert dtypes(model) == {torch.bfloat16}
     assert_same_state(model, materialize(llama, 0.5, dtype=torch.bfloat16))
     assert torch.isfinite(logits(model)).all()
 
@@ -346,8 +362,8 @@ def test_a_loaded_model_is_an_ordinary_one(llama, low_rank, tmp_path):
         expected = logits(model)
         assert torch.equal(logits(copy.deepcopy(model)), expected)
         half = copy.deepcopy(model).half()
-        assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float16}
-        assert {tensor.dtype for tensor in half.float().state_dict().values()} == {torch.float32}
+        assert dtypes(half) == {torch.float16}
+        assert dtypes(half.float()) == {torch.float32}
         Trainer(model, TrainingArguments(output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to=[]))
         model(input_ids=toys.token_ids(), labels=toys.token_ids()).loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
@@ -655,8 +671,8 @@ WRONG = {
     # Materialized.
     "no low-rank factor": (
         MATERIALIZED,
-        with_tensors(lambda t: t.pop(f"{UP}.Vh.weight")),
-        f"{UP}.Vh.weight' is missing",
+        with_tensors(lambda t: t.pop(f"{UP}.P.weight")),
+        f"{UP}.P.weight' is missing",
     ),
     "no embedding": (
         MATERIALIZED,
@@ -665,9 +681,26 @@ WRONG = {
     ),
     "a low-rank factor too narrow": (
         MATERIALIZED,
-        with_tensors(lambda t: t.update({f"{UP}.U.weight": torch.zeros(48, 3)})),
-        rf"{UP}.U.weight is \[48, 3\]",
+        with_tensors(lambda t: t.update({f"{UP}.C.weight": torch.zeros(40, 3)})),
+        rf"{UP}.C.weight is \[40, 3\]",
     ),
+    "no pivots": (MATERIALIZED, with_tensors(lambda t: t.pop(f"{UP}.is_pivot")), f"{UP}.is_pivot' is missing"),
+    "a pivot too many": (
+        MATERIALIZED,
+        with_tensors(lambda t: t.update({f"{UP}.is_pivot": t[f"{UP}.is_pivot"] | 7})),
+        f"{UP}.is_pivot does not name",
+    ),
+    "pivots of another layer": (
+        MATERIALIZED,
+        with_tensors(lambda t: t.update({f"{UP}.is_pivot": torch.zeros(2, dtype=torch.uint8)})),
+        rf"{UP}.is_pivot is torch.uint8 \[2\], but must be torch.uint8 \[6\]",
+    ),
+    "pivoted names no layer": (
+        MATERIALIZED,
+        with_fields(lambda top, ours: ours["pivoted"].append("model.layers.9.mlp.up_proj")),
+        "pivoted must be a list of names in ranks",
+    ),
+    "the pivots forgotten": (MATERIALIZED, with_fields(lambda top, ours: ours.pop("pivoted")), UP),
     "a rank of 10**12": (MATERIALIZED, with_fields(lambda top, ours: ours["ranks"].update({UP: 10**12})), UP),
     "a negative rank": (MATERIALIZED, with_fields(lambda top, ours: ours["ranks"].update({UP: -1})), f"{UP}.*got -1"),
     "a rank that is no int": (MATERIALIZED, with_fields(lambda top, ours: ours["ranks"].update({UP: 3.5})), "got 3.5"),

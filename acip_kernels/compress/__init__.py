@@ -3,7 +3,19 @@
 from .config import CompressionConfig
 from .factorize import factorize
 from .materialize import materialize
-from .run import CompressionResult, compress
+from .methods import RankingConfig
+from .nested import NestedConfig
+from .result import CompressionResult
+from .run import compress
 from .sizing import Sizing
 
-__all__ = ["CompressionConfig", "CompressionResult", "Sizing", "compress", "factorize", "materialize"]
+__all__ = [
+    "CompressionConfig",
+    "CompressionResult",
+    "NestedConfig",
+    "RankingConfig",
+    "Sizing",
+    "compress",
+    "factorize",
+    "materialize",
+]

@@ -155,16 +155,27 @@ class CompressionConfig:
         return self.lambda_start * math.exp(min(exponent, 500.0))
 
     def to_dict(self) -> dict:
-        """The fields, for JSON."""
-        return dataclasses.asdict(self)
+        """The fields, for JSON, and which class they are of."""
+        return {"config": type(self).__name__} | dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict) -> CompressionConfig:
         """The configuration of `to_dict`. Raises `ValueError` for a field that does not exist."""
-        unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"CompressionConfig has no field {', '.join(sorted(unknown))}")
-        return cls(**fields)
+        return cls(**known_fields(cls, fields))
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the base model alone gives the factors again."""
+        return self.basis == "weights"
+
+
+def known_fields(cls, fields: dict) -> dict:
+    """`fields` of a configuration's `to_dict`, which must be fields of `cls`."""
+    fields = {name: value for name, value in fields.items() if name != "config"}
+    unknown = set(fields) - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    return fields
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:

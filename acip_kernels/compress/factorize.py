@@ -30,6 +30,7 @@ def factorize(
     adapter_dropout: float = 0.05,
     dtype: torch.dtype | None = None,
     covariances: dict[str, Tensor] | None = None,
+    gradient_covariances: dict[str, Tensor] | None = None,
     svd_cache: str | pathlib.Path | None = None,
     seed: int = 0,
     backend: str = "auto",
@@ -47,6 +48,8 @@ def factorize(
         dtype: of the factors; None for the layer's own.
         covariances: `{layer: [in, in]}` of the layers' inputs, see `basis.input_covariances`: those layers are
             decomposed so that truncation loses least of their output. None for plain decompositions.
+        gradient_covariances: `{layer: [out, out]}` as well, of the gradients at their outputs (see
+            `basis.layer_covariances`): so that truncation costs the loss least.
         svd_cache: directory that keeps every decomposition, under a name made from the weight's content: a second
             run starts at once, and an interrupted one goes on where it was. None keeps nothing.
         seed: of the adapters' start.
@@ -68,12 +71,7 @@ def factorize(
         if not bool(torch.isfinite(weight_of(layers[name])).all()):
             raise ValueError(f"{name}.weight holds NaN or infinite values; the model cannot be factorized")
 
-    # A module may be used in several places; all of them get its replacement.
-    places: dict[int, list] = {}
-    for parent in model.modules():
-        for child_name, child in parent._modules.items():
-            places.setdefault(id(child), []).append((parent, child_name))
-
+    places = _places(model)
     generator = {}
     for done, name in enumerate(names, 1):
         layer = layers[name]
@@ -84,7 +82,7 @@ def factorize(
             generator[weight.device] = torch.Generator(weight.device).manual_seed(seed)
         bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
         new = SVDLinear(
-            *cached_svd(weight, svd_cache, (covariances or {}).get(name)),
+            *cached_svd(weight, svd_cache, (covariances or {}).get(name), (gradient_covariances or {}).get(name)),
             bias,
             mask_scale=mask_scale,
             adapter_rank=adapter_rank,
@@ -102,18 +100,38 @@ def factorize(
     return names
 
 
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+    """Put each module's replacement wherever `model` uses it."""
+    places = _places(model)
+    for old, new in replacements.items():
+        for parent, name in places[id(old)]:
+            setattr(parent, name, new)
+
+
+def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Where each module is used, by its id: a module may be in several places."""
+    places: dict[int, list] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent, name))
+    return places
+
+
 def cached_svd(
-    weight: Tensor, directory: str | pathlib.Path | None, covariance: Tensor | None = None
+    weight: Tensor,
+    directory: str | pathlib.Path | None,
+    covariance: Tensor | None = None,
+    gradient_covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The SVD of `weight`, whitened if a covariance is given; read from `directory`, or computed and kept there."""
 
     def compute():
-        return svd(weight) if covariance is None else whitened_svd(weight, covariance)
+        return svd(weight) if covariance is None else whitened_svd(weight, covariance, gradient_covariance)
 
     if directory is None:
         return compute()
     hasher = hashlib.blake2b(digest_size=16)
-    for tensor in (weight, covariance):
+    for tensor in (weight, covariance, gradient_covariance):
         if tensor is not None:
             hasher.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
             hasher.update(tensor.cpu().contiguous().view(torch.uint8).numpy())

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..nn import LowRankLinear, SVDLinear
+from ..nn import LowRankLinear, PivotLinear, SVDLinear
 from .config import CompressionConfig
 from .progress import RunProgress
-from .run import CompressionResult
+from .result import CompressionResult
 from .step import TrainingStep, endless
 
 
@@ -31,7 +31,7 @@ def finetune(
     """Train LoRA adapters of a model at the size that it has; everything else is frozen.
 
     Args:
-        model: a materialized model, whose every `LowRankLinear` gets a new adapter (layers that it stores dense have
+        model: a materialized model, whose every low-rank layer gets a new adapter (layers that it stores dense have
             none); or a `CompressionResult`, or its model, after `at(size_ratio)`, whose own adapters are trained. It is
             changed in place.
         batches: as for `compress`. steps: optimizer steps, of `gradient_accumulation` batches each.
@@ -77,18 +77,21 @@ def finetune(
 
 
 def _put_adapters(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:
-    """Every `LowRankLinear` becomes an `SVDLinear` of the same factors, with singular values of one and all live."""
+    """Every `LowRankLinear` and `PivotLinear` becomes an `SVDLinear` of its factors, with singular values of one."""
     if rank < 1:
         raise ValueError(f"adapter_rank must be at least 1, got {rank}")
     replaced: dict[int, SVDLinear] = {}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if isinstance(child, LowRankLinear) and child.rank:
+            if isinstance(child, LowRankLinear | PivotLinear) and child.rank:
                 if id(child) not in replaced:
-                    U, Vh = child.U.weight, child.Vh.weight
+                    if isinstance(child, PivotLinear):
+                        (Vh, U), bias = child.factors(), child.bias
+                    else:
+                        Vh, U, bias = child.Vh.weight, child.U.weight, child.U.bias
                     ones = torch.ones(child.rank, device=U.device)
                     replaced[id(child)] = SVDLinear(
-                        U, ones, Vh, child.U.bias, adapter_rank=rank, adapter_alpha=alpha, adapter_dropout=dropout
+                        U, ones, Vh, bias, adapter_rank=rank, adapter_alpha=alpha, adapter_dropout=dropout
                     )
                 setattr(parent, name, replaced[id(child)])
     if not replaced:

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models import quantizer
-from ..nn import LowRankLinear, SVDLinear
+from ..nn import LowRankLinear, PivotLinear, SVDLinear
+from ..nn.nested_linear import balanced
+from ..nn.pivot_linear import pack_bits, unpack_bits
+from .basis import damped_cholesky
 from .factorize import svd_layers
-from .sizing import Sizing, check_size_ratio
+from .pivot import pivot_form
+from .sizing import FORMS, Sizing, check_size_ratio
 
 log = logging.getLogger("acip_kernels")
 
@@ -46,11 +50,14 @@ class Cut:
         """Numbers stored in the whole file."""
         return int(self.sizing.parameters(self.ranks).sum()) + self.sizing.rest
 
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the file's tensors, with weights in `dtype`."""
+        return self.sizing.bytes(self.ranks, dtype.itemsize)
+
     @property
-    def is_dense(self) -> dict[str, bool]:
-        """Whether a layer is stored as one matrix."""
-        dense = self.sizing.parameters(self.ranks) == self.sizing.dense
-        return dict(zip(self.sizing.names, dense.tolist(), strict=True))
+    def forms(self) -> dict[str, str]:
+        """How each layer is stored: "dense", "factors" or "pivoted"."""
+        return self.sizing.forms_of(self.ranks)
 
 
 def plan_cut(
@@ -95,14 +102,16 @@ def plan_cut(
     return Cut(live, adapters, sizing)
 
 
-def model_cut(model: nn.Module, size_ratio: float, *, rank_multiple: int = 1, **options) -> Cut:
+def model_cut(
+    model: nn.Module, size_ratio: float, *, rank_multiple: int = 1, forms: tuple[str, ...] = FORMS, **options
+) -> Cut:
     """`plan_cut` of a model with `SVDLinear` layers, by the scores that they hold."""
     layers = svd_layers(model)
     trained = any(layer.adapter_rank and bool(layer.lora_B.any()) for layer in layers.values())
     return plan_cut(
         {name: layer.scores for name, layer in layers.items()},
-        Sizing.of(model, rank_multiple=rank_multiple),
-        Sizing.of(model, adapters=False, rank_multiple=rank_multiple),
+        Sizing.of(model, rank_multiple=rank_multiple, forms=forms),
+        Sizing.of(model, adapters=False, rank_multiple=rank_multiple, forms=forms),
         size_ratio,
         trained=trained,
         **options,
@@ -117,12 +126,15 @@ def materialize(
     count: str = "factorized",
     adapters: str = "auto",
     rank_multiple: int = 1,
+    forms: tuple[str, ...] = FORMS,
+    covariances: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """An ordinary, independent model of size `size_ratio`; what it is made from stays as it is and can be cut again.
 
     Every `SVDLinear` becomes the cheapest form for its rank: the class that it came from where a dense matrix is
-    smallest, else a `LowRankLinear`. Singular values are folded into the factors. In a transformers model the
+    smallest, else a `PivotLinear`, or a `LowRankLinear` where `forms` leaves the pivoted form out. Singular values are
+    folded into the factors. In a transformers model the
     ranks are put into `config.quantization_config`, so that its `save_pretrained` writes a directory that
     `from_pretrained` loads.
 
@@ -133,14 +145,18 @@ def materialize(
             parameter in the file.
         adapters: "auto", "merge", "truncate" or "drop"; see `plan_cut`.
         rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
+        forms: what layers may be stored as, some of "dense", "factors" and "pivoted"; the ranks that a size allows
+            depend on it.
+        covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate": so
+            that the error of the outputs is the least, instead of that of the weights.
         dtype: of the new weights; None for the factors' own.
 
     Raises:
         ValueError: a target that is out of range or cannot be reached, or a model that is not factorized.
     """
     model = model_or_result if isinstance(model_or_result, nn.Module) else model_or_result.model
-    cut = model_cut(model, size_ratio, count=count, adapters=adapters, rank_multiple=rank_multiple)
-    is_dense, memo = cut.is_dense, {}
+    cut = model_cut(model, size_ratio, count=count, adapters=adapters, rank_multiple=rank_multiple, forms=forms)
+    form, memo = cut.forms, {}
     for name, layer in svd_layers(model).items():
         A, B = (layer.lora_A, layer.lora_B) if layer.adapter_rank and cut.adapters != "drop" else (None, None)
         live = cut.live[name].to(layer.S.device)
@@ -151,8 +167,9 @@ def materialize(
             A,
             B,
             layer.adapter_scaling,
-            dense=is_dense[name],
+            form=form[name],
             truncate=cut.adapters == "truncate",
+            covariance=(covariances or {}).get(name),
             dtype=dtype or layer.U.dtype,
         )
         # A deep copy that meets a layer finds its replacement, wherever the layer is referred to.
@@ -181,42 +198,60 @@ def layer_tensors(
     B: Tensor | None,
     scaling: float,
     *,
-    dense: bool,
+    form: str,
     truncate: bool,
+    covariance: Tensor | None = None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """A layer's weights, from its live `U [out, ρ]`, `S [ρ]`, `Vh [ρ, in]` and its adapter `A [r, in]`, `B [out, r]`.
 
-    Returns `{"weight": [out, in]}` if `dense`, else `{"Vh.weight": [rank, in], "U.weight": [out, rank]}` with
-    `√S` folded into either factor, so that both have the same scale in a narrow dtype. The rank is `ρ + r`, the adapter
-    concatenated, or `ρ` if `truncate`: the product's best approximation of that rank (Eckart-Young), from QR
+    The rank is `ρ + r`, the adapter concatenated, or `ρ` if `truncate`: the product's best approximation of that rank
+    (Eckart-Young), of the weights or, given the `covariance [in, in]` of the inputs, of the outputs; from QR
     decompositions of its two factors.
+
+    Returns, by `form`:
+        "dense": `weight [out, in]`;
+        "factors": `Vh.weight [rank, in]` and `U.weight [out, rank]`, each rank's two parts of equal norm, so that
+            both have the same scale in a narrow dtype;
+        "pivoted": `P.weight [rank, in]`, `C.weight [out - rank, rank]` and `is_pivot`, see `PivotLinear`.
     """
     rank = S.shape[0]
     precise = S.dtype
-    root = S.clamp_min(0).sqrt()
-    left, right = U.to(precise) * root, root[:, None] * Vh.to(precise)
+    left, right = balanced(U.to(precise), S, Vh.to(precise))
     if A is not None:
         left = torch.cat([left, B.to(precise) * scaling], dim=1)
         right = torch.cat([right, A.to(precise)])
-    if dense:
+    if form == "dense":
         return {"weight": (left @ right).to(dtype)}
     if truncate and A is not None:
-        Q_left, R_left = torch.linalg.qr(left)
-        Q_right, R_right = torch.linalg.qr(right.t())
+        L = None if covariance is None else damped_cholesky(covariance, right.device)
+        weighted = right if L is None else right.double() @ L
+        Q_left, R_left = torch.linalg.qr(left.to(weighted.dtype))
+        Q_right, R_right = torch.linalg.qr(weighted.t())
         inner_U, inner_S, inner_Vh = torch.linalg.svd(R_left @ R_right.t(), full_matrices=False)
-        root = inner_S[:rank].sqrt()
-        left = (Q_left @ inner_U[:, :rank]) * root
-        right = root[:, None] * (inner_Vh[:rank] @ Q_right.t())
-    return {"Vh.weight": right.to(dtype).contiguous(), "U.weight": left.to(dtype).contiguous()}
+        left, right = Q_left @ inner_U[:, :rank], inner_Vh[:rank] @ Q_right.t()
+        if L is not None:
+            right = torch.linalg.solve_triangular(L, right, upper=False, left=False)
+        left, right = balanced(left, inner_S[:rank], right)
+    if form == "factors":
+        return {"Vh.weight": right.to(dtype).contiguous(), "U.weight": left.to(dtype).contiguous()}
+    P, C, pivots = pivot_form(left, right)
+    return {
+        "P.weight": P.to(dtype).contiguous(),
+        "C.weight": C.to(dtype).contiguous(),
+        "is_pivot": pack_bits(pivots),
+    }
 
 
 def _module(tensors: dict[str, Tensor], layer: SVDLinear) -> nn.Module:
-    """An `nn.Linear`, `Conv1D` or `LowRankLinear` that holds `tensors` and a copy of `layer`'s bias."""
-    bias = None if layer.bias is None else layer.bias.clone()
-    if "weight" not in tensors:
-        bias = None if bias is None else bias.to(tensors["U.weight"].dtype)
+    """An `nn.Linear`, `Conv1D`, `LowRankLinear` or `PivotLinear` with `tensors` and a copy of `layer`'s bias."""
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    bias = None if layer.bias is None else layer.bias.to(dtype, copy=True)
+    if "U.weight" in tensors:
         return LowRankLinear.from_factors(tensors["Vh.weight"], tensors["U.weight"], bias)
+    if "P.weight" in tensors:
+        pivots = unpack_bits(tensors["is_pivot"], layer.out_features)
+        return PivotLinear.from_parts(tensors["P.weight"], tensors["C.weight"], pivots, bias)
     weight = tensors["weight"]
     if layer.source_type == "Conv1D":
         from transformers.pytorch_utils import Conv1D

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class RunProgress:
-    """A live bar: phase, step, loss, λ, size ratio and the time left."""
+    """Live bars: phase, what the run says about it, and the time left."""
 
     def __init__(self, enabled: bool = True):
         self.progress = Progress(
@@ -23,6 +23,7 @@ class RunProgress:
             console=Console(stderr=True),
             disable=not enabled,
         )
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self):
         self.progress.start()
@@ -39,23 +40,9 @@ class RunProgress:
             task, completed=done, total=total, about=f"{done}/{total} {units}"
         )
 
-    def start(self, run) -> None:
-        self.prune = self.progress.add_task("prune", total=1, about="")
-        self.tune = self.progress.add_task("tune", total=max(run.config.tune_steps, 1), about="", visible=False)
-
-    def update(self, run) -> None:
-        if not run.history:
-            return
-        row, config = run.history[-1], run.config
-        about = f"step {row['step'] + 1}  loss {row['loss']:.3f}  size {100 * row['size_ratio']:.1f} %"
-        if row["phase"] == "prune":
-            # Steps where their number is known, else the way to the size at which the run stops.
-            total = config.max_prune_steps or 1 - config.stop_ratio
-            done = row["step"] + 1 if config.max_prune_steps else 1 - row["size_ratio"]
-            if run.phase != "prune":
-                done = total
-            about += f"  λ {row['lambda']:.2g}"
-            self.progress.update(self.prune, total=total, completed=min(done, total), about=about)
-        else:
-            self.progress.update(self.prune, total=1, completed=1)
-            self.progress.update(self.tune, visible=True, completed=row["step"] + 1 - run.tune_start, about=about)
+    def update(self, bars: list[tuple]) -> None:
+        """`(phase, done, total, about)` of every phase that has begun, in order."""
+        for phase, done, total, about in bars:
+            if phase not in self.tasks:
+                self.tasks[phase] = self.progress.add_task(phase, total=total, about="")
+            self.progress.update(self.tasks[phase], completed=done, total=total, about=about)

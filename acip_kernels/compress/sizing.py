@@ -11,21 +11,25 @@ from ..nn import SVDLinear
 from .factorize import svd_layers
 
 COUNTS = ("factorized", "stored")
+# How a layer may be stored (ACIP.md section 4): one matrix, two factors, or pivot rows and what combines them.
+FORMS = ("dense", "factors", "pivoted")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizing:
     """How many parameters a factorized model stores at given ranks.
 
-    A layer of rank `ρ` whose adapter is merged exactly has `ρ + r` ranks, rounded up to a multiple of
-    `rank_multiple`; with two factors it stores `(ρ + r)(out + in)` numbers, as a dense matrix `out · in`, and it takes
-    the smaller form. A *size ratio* is what is left of the dense model, in one of two counts:
+    A layer of rank `ρ` whose adapter is merged exactly has `ρ' = ρ + r` ranks, rounded up to a multiple of
+    `rank_multiple`. It stores `ρ'(out + in)` numbers as two factors, `ρ'(out + in - ρ') + ceil(out / 8)` in pivoted
+    form (the latter for a bit that says of each output whether it is a pivot), `out · in` as a dense matrix, and it
+    takes the smallest of the forms in `forms`; a dense matrix is always one of them. A *size ratio* is what is left of
+    the dense model, in one of two counts:
 
     - `factorized`: the weights of the factorized layers alone, as they are stored;
     - `stored`: every parameter in the file, embeddings, norms and biases too.
 
     Fields: `names` of the layers; `out`, `in_`, `full_rank`, `adapter_rank`, int64 `[layers]`, in that order;
-    `rest`, the parameters of everything else in the file; `rank_multiple`.
+    `rest`, the parameters of everything else in the file; `rank_multiple`; `forms`.
     """
 
     names: tuple[str, ...]
@@ -35,9 +39,12 @@ class Sizing:
     adapter_rank: Tensor
     rest: int
     rank_multiple: int = 1
+    forms: tuple[str, ...] = FORMS
 
     @classmethod
-    def of(cls, model: nn.Module, *, adapters: bool = True, rank_multiple: int = 1) -> Sizing:
+    def of(
+        cls, model: nn.Module, *, adapters: bool = True, rank_multiple: int = 1, forms: tuple[str, ...] = FORMS
+    ) -> Sizing:
         """The sizing of a model with `SVDLinear` layers; `adapters=False` leaves them out of every count."""
         if not isinstance(rank_multiple, int) or rank_multiple < 1:
             raise ValueError(f"rank_multiple must be an int of at least 1, got {rank_multiple!r}")
@@ -59,6 +66,7 @@ class Sizing:
             column(layer.adapter_rank if adapters else 0 for layer in layers.values()),
             sum(rest.values()) + biases,
             rank_multiple,
+            check_forms(forms),
         )
 
     @property
@@ -71,9 +79,33 @@ class Sizing:
         return -(-(ranks + self.adapter_rank[layers]) // self.rank_multiple) * self.rank_multiple
 
     def parameters(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
-        """Weights stored by each layer at live `ranks`, int64; a layer takes the smaller of its two forms."""
-        factors = self.ranks_stored(ranks, layers) * (self.out + self.in_)[layers]
-        return torch.minimum(factors, self.dense[layers])
+        """Weights stored by each layer at live `ranks`, int64; a layer takes the smallest of its forms."""
+        return self.form_sizes(ranks, layers).amin(0)
+
+    def form_sizes(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
+        """Weights of each layer in each of FORMS, int64 `[3, layers]`; what `forms` lacks is larger than any."""
+        stored, both, dense = self.ranks_stored(ranks, layers), (self.out + self.in_)[layers], self.dense[layers]
+        never = torch.full_like(dense, torch.iinfo(torch.int64).max)
+        # Beyond full rank, where a merged adapter may lead, the pivoted form's count would fall again.
+        pivoted = torch.where(
+            stored < self.full_rank[layers], stored * (both - stored) + self._pivot_bytes[layers], never
+        )
+        sizes = {"dense": dense, "factors": stored * both, "pivoted": pivoted}
+        return torch.stack([sizes[form] if form in (*self.forms, "dense") else never for form in FORMS])
+
+    @property
+    def _pivot_bytes(self) -> Tensor:
+        return -(-self.out // 8)
+
+    def bytes(self, ranks: Tensor, itemsize: int) -> int:
+        """Bytes of all tensors in the file at live `ranks` [layers], with weights of `itemsize` bytes each."""
+        pivoted = self.form_sizes(ranks).argmin(0) == FORMS.index("pivoted")
+        bits = int(self._pivot_bytes[pivoted].sum())
+        return (int(self.parameters(ranks).sum()) + self.rest - bits) * itemsize + bits
+
+    def forms_of(self, ranks: Tensor) -> dict[str, str]:
+        """The form that each layer takes at live `ranks`; of equal ones the first of FORMS."""
+        return {name: FORMS[i] for name, i in zip(self.names, self.form_sizes(ranks).argmin(0).tolist(), strict=True)}
 
     def ratio(self, ranks: Tensor, count: str = "factorized") -> float:
         """The size ratio at live `ranks` [layers]."""
@@ -157,6 +189,15 @@ class Sizing:
             bad = next(name for name in self.names if bool(scores[name].isnan().any()))
             raise ValueError(f"scores[{bad!r}] holds NaN")
         return flat, torch.arange(len(self.names)).repeat_interleave(self.full_rank)
+
+
+def check_forms(forms) -> tuple[str, ...]:
+    """`forms` as a tuple. Raises `ValueError` for one that does not exist."""
+    forms = (forms,) if isinstance(forms, str) else tuple(forms)
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms:
+        raise ValueError(f"forms must be some of {', '.join(FORMS)}, got {', '.join(map(repr, unknown)) or 'none'}")
+    return forms
 
 
 def check_size_ratio(size_ratio: float) -> None:

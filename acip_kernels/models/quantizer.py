@@ -1,8 +1,8 @@
 """How transformers saves and loads a compressed model: the weight format "acip", registered as a quantization method.
 
 A materialized model keeps its `model_type`; `config.quantization_config` names the rank of every low-rank layer, and
-`from_pretrained` puts a `LowRankLinear` there before it loads the weights. Importing this module registers the
-format, once.
+`from_pretrained` puts a `LowRankLinear` or `PivotLinear` there before it loads the weights. Importing this module
+registers the format, once.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import LowRankLinear, SVDLinear
+from ..nn import LowRankLinear, PivotLinear, SVDLinear
 from .targets import linear_layers, weight_of
 
 log = logging.getLogger("acip_kernels")
 
-FORMAT_VERSION = 1
+# 2: with the pivoted form. A file of version 1 has none, and is read as before.
+FORMAT_VERSION = 2
 
 LAYER_OPTIONS = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
 
@@ -34,36 +35,43 @@ class AcipConfig(QuantizationConfigMixin):
 
     kind: "materialized": ordinary layers, low-rank where `ranks` names them; "elastic": factors, scores and
         adapters, from which any size is cut by `acip_kernels.load`.
-    ranks: `{module name: rank}` of every `LowRankLinear`. size_ratio, count: the target that the model was cut
-        for; factorized, stored: what it came to, in either count.
+    ranks: `{module name: rank}` of every `LowRankLinear` and `PivotLinear`; pivoted: names of the latter.
+    size_ratio, count: the target that the model was cut for; factorized, stored: what it came to, in either count.
     layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`. Other fields are kept.
     """
 
-    def __init__(self, kind="materialized", ranks=None, layers=None, format_version=FORMAT_VERSION, **fields):
+    def __init__(
+        self, kind="materialized", ranks=None, layers=None, pivoted=(), format_version=FORMAT_VERSION, **fields
+    ):
         self.quant_method = "acip"
         fields.pop("quant_method", None)
-        if format_version != FORMAT_VERSION:
+        if format_version not in range(1, FORMAT_VERSION + 1) or isinstance(format_version, bool):
             raise ValueError(
                 f"quantization_config: format_version is {format_version!r}, and this version of acip_kernels reads "
-                f"{FORMAT_VERSION}: a newer acip_kernels may read it"
+                f"1 to {FORMAT_VERSION}: a newer acip_kernels may read it"
             )
         if kind not in ("materialized", "elastic", "factorized"):
             raise ValueError(f"quantization_config: kind is {kind!r}; it must be materialized or elastic")
         for field, value in (("ranks", ranks), ("layers", layers)):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"quantization_config: {field} must be an object by layer, got {value!r}")
-        self.format_version, self.kind = format_version, kind
+        self.format_version, self.kind = FORMAT_VERSION, kind
         self.ranks, self.layers = dict(ranks or {}), dict(layers or {})
         for name, options in self.layers.items():
             _check_layer_options(name, options)
         for name, rank in self.ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
                 raise ValueError(f"quantization_config: ranks[{name!r}] must be a rank, got {rank!r}")
+        if not isinstance(pivoted, list | tuple) or any(name not in self.ranks for name in pivoted):
+            raise ValueError(f"quantization_config: pivoted must be a list of names in ranks, got {pivoted!r}")
+        self.pivoted = list(pivoted)
         for key, value in fields.items():
             setattr(self, key, value)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in super().to_dict().items() if key not in ("ranks", "layers") or value}
+        return {
+            key: value for key, value in super().to_dict().items() if key not in ("ranks", "layers", "pivoted") or value
+        }
 
 
 def _check_layer_options(name: str, options) -> None:
@@ -99,7 +107,7 @@ class AcipQuantizer(HfQuantizer):
             for layer in _svd_layers(model):
                 layer.weight = torch.empty(0)
             return
-        put_lowrank_layers(model, config.ranks)
+        put_lowrank_layers(model, config.ranks, config.pivoted)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for layer in _svd_layers(model):
@@ -143,8 +151,12 @@ def layers_to_replace(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Mo
     return found
 
 
-def put_lowrank_layers(model: nn.Module, ranks: dict[str, int]) -> None:
-    """Replace linear layers by `LowRankLinear`s of these ranks on the same device, to load a state into."""
+def put_lowrank_layers(model: nn.Module, ranks: dict[str, int], pivoted: Iterable[str] = ()) -> None:
+    """Replace linear layers by `LowRankLinear`s of these ranks on the same device, to load a state into.
+
+    `pivoted` are those that become `PivotLinear`s instead.
+    """
+    pivoted = set(pivoted)
     for name, layer in layers_to_replace(model, ranks).items():
         rank, (out_features, in_features) = ranks[name], weight_of(layer).shape
         if rank > min(in_features, out_features):
@@ -152,7 +164,8 @@ def put_lowrank_layers(model: nn.Module, ranks: dict[str, int]) -> None:
                 f"quantization_config: ranks[{name!r}] is {rank}, but the layer is [{out_features}, {in_features}]"
             )
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        model.set_submodule(name, LowRankLinear(in_features, out_features, rank, layer.bias is not None, **like))
+        kind = PivotLinear if name in pivoted else LowRankLinear
+        model.set_submodule(name, kind(in_features, out_features, rank, layer.bias is not None, **like))
 
 
 def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
@@ -187,18 +200,20 @@ def attach_factorized(model: PreTrainedModel) -> None:
 
 
 def attach_materialized(model: PreTrainedModel, **about) -> None:
-    """Put the ranks of `model`'s `LowRankLinear`s into its config, so that `save_pretrained` and loading work."""
-    ranks = {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    describe(model.config, ranks, **about)
+    """Put the ranks of `model`'s low-rank layers into its config, so that `save_pretrained` and loading work."""
+    lowrank = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear | PivotLinear)}
+    ranks = {name: module.rank for name, module in lowrank.items()}
+    pivoted = [name for name, module in lowrank.items() if isinstance(module, PivotLinear)]
+    describe(model.config, ranks, pivoted, **about)
     model.hf_quantizer = AcipQuantizer(AcipConfig(**model.config.quantization_config)) if ranks else None
     _be_ordinary(model)
 
 
-def describe(config, ranks: dict[str, int], *, size_ratio: float, count: str, cut) -> None:
+def describe(config, ranks: dict[str, int], pivoted: list[str], *, size_ratio: float, count: str, cut) -> None:
     """Write into a model's `config` what a materialized model is; nothing if plain transformers can load it."""
     if ranks:
         about = {"size_ratio": size_ratio, "count": count, "adapters": cut.adapters, **cut.ratios}
-        config.quantization_config = AcipConfig("materialized", ranks, **about).to_dict()
+        config.quantization_config = AcipConfig("materialized", ranks, pivoted=pivoted, **about).to_dict()
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
 

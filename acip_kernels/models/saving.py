@@ -16,9 +16,11 @@ from .. import files
 from ..compress.config import CompressionConfig
 from ..compress.factorize import cached_svd, svd_layers
 from ..compress.materialize import Cut, layer_tensors, materialize, plan_cut
-from ..compress.run import CompressionResult
-from ..compress.sizing import Sizing
+from ..compress.nested import NestedConfig, RankingConfig
+from ..compress.result import CompressionResult
+from ..compress.sizing import FORMS, Sizing, check_forms
 from ..nn import SVDLinear
+from ..nn.pivot_linear import unpack_bits
 from ..report import read_history
 from . import quantizer
 from .card import model_card
@@ -87,6 +89,7 @@ def load(
     count: str = "factorized",
     adapters: str = "auto",
     rank_multiple: int = 1,
+    forms: tuple[str, ...] = FORMS,
     base_model: str | None = None,
     svd_cache: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
@@ -99,7 +102,7 @@ def load(
         size_ratio: of an elastic checkpoint, the size to load, in (0, 1]: an ordinary model, as `materialize` makes
             it, of which only the ranks that stay are read. None: the factorized model itself, with `SVDLinear`
             layers, which `materialize` cuts. A materialized checkpoint has one size, and takes None alone.
-        count, adapters, rank_multiple: as for `materialize`.
+        count, adapters, rank_multiple, forms: as for `materialize`.
         base_model, svd_cache: for a compact elastic checkpoint, where the base model is now, and a directory that
             keeps its decompositions.
         dtype, device_map: as for `from_pretrained`.
@@ -124,7 +127,7 @@ def load(
         if acip is not None:
             _check_materialized(path, config, acip)
         return _from_pretrained(path, config, dtype=dtype, device_map=device_map)
-    options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
+    options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple, "forms": forms}
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
         return model if size_ratio is None else materialize(model, size_ratio, **options)
@@ -136,7 +139,7 @@ def load(
         else:
             cut = elastic.cut(size_ratio, **options)
             state = elastic.materialized(cut)
-            quantizer.describe(config, _ranks(state), size_ratio=size_ratio, count=count, cut=cut)
+            quantizer.describe(config, *_ranks(state), size_ratio=size_ratio, count=count, cut=cut)
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
@@ -153,10 +156,19 @@ def load_result(path: str | os.PathLike, **options) -> CompressionResult:
     history = pathlib.Path(path) / "history.jsonl"
     return CompressionResult(
         model,
-        None if config is None else CompressionConfig.from_dict(config),
+        None if config is None else config_from_dict(config),
         read_history(history) if history.exists() else [],
         fields.get("final_size_ratio", 1.0),
     )
+
+
+def config_from_dict(fields: dict) -> CompressionConfig | RankingConfig:
+    """The configuration of which `fields` is the `to_dict`. Raises `ValueError` for what this version does not know."""
+    kinds = {kind.__name__: kind for kind in (CompressionConfig, NestedConfig, RankingConfig)}
+    name = fields.get("config", "CompressionConfig")
+    if name not in kinds:
+        raise ValueError(f"the compression's config is {name!r}: a newer acip_kernels may know it")
+    return kinds[name].from_dict(fields)
 
 
 # ---- elastic checkpoints
@@ -172,8 +184,11 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
         base_model = None  # a path of this machine, which nothing here needs
     if compact and base_model is None:
         raise ValueError("compact: say which base_model the factors are rebuilt from")
-    if compact and result.config is not None and result.config.basis != "weights":
-        raise ValueError("compact: factors in the basis of the activations cannot be rebuilt from the base model alone")
+    if compact and result.config is not None and not result.config.rebuilds:
+        raise ValueError(
+            "compact: factors that were trained, or decomposed by what the activations make of them, cannot be rebuilt "
+            "from the base model alone"
+        )
     tensors, seen = {}, set()
     for name, layer in layers.items():
         seen |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
@@ -294,7 +309,7 @@ class _Elastic:
         inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS}
         return {name: self.get(name) for name in self.where if name not in inside}
 
-    def cut(self, size_ratio: float, *, rank_multiple: int, **options) -> Cut:
+    def cut(self, size_ratio: float, *, rank_multiple: int, forms: tuple[str, ...], **options) -> Cut:
         inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS if key != "bias"}
         out = torch.tensor([self.shape(f"{name}.U")[0] for name in self.layers])
         in_ = torch.tensor([self.shape(f"{name}.Vh")[1] for name in self.layers])
@@ -302,14 +317,14 @@ class _Elastic:
         ranks = torch.tensor([layer.get("adapter_rank", 0) for layer in self.layers.values()])
         full = torch.tensor([scores.numel() for scores in self.scores.values()])
         trained = any(r and bool(self.get(f"{name}.lora_B").any()) for name, r in zip(self.layers, ranks.tolist()))
-        with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, rest, rank_multiple)
+        with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, rest, rank_multiple, check_forms(forms))
         without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
 
     @torch.no_grad()
     def materialized(self, cut: Cut) -> dict[str, Tensor]:
         """The state of the factorized layers' ordinary forms; what was pruned is never read."""
-        state = {}
+        state, form = {}, cut.forms
         for (name, options), rank in zip(self.layers.items(), cut.ranks.tolist(), strict=True):
             U, Vh = (self.where[f"{name}.{key}"][0].get_slice(f"{name}.{key}") for key in ("U", "Vh"))
             U, Vh = U[:, :rank], Vh[:rank]
@@ -321,7 +336,7 @@ class _Elastic:
                 self.get(f"{name}.lora_A") if r else None,
                 self.get(f"{name}.lora_B") if r else None,
                 options.get("adapter_alpha", 16.0) / r if r else 0.0,
-                dense=cut.is_dense[name],
+                form=form[name],
                 truncate=cut.adapters == "truncate",
                 dtype=U.dtype,
             )
@@ -330,17 +345,23 @@ class _Elastic:
                     tensors["weight"] = tensors["weight"].t().contiguous()
                 bias = "bias"
             else:
-                tensors["weight"] = U.new_empty(0)  # as LowRankLinear has it
-                bias = "U.bias"
+                tensors["weight"] = U.new_empty(0)  # as LowRankLinear and PivotLinear have it
+                bias = "U.bias" if form[name] == "factors" else "bias"
             if f"{name}.bias" in self.where:
                 tensors[bias] = self.get(f"{name}.bias")
             state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
         return state
 
 
-def _ranks(state: dict[str, Tensor]) -> dict[str, int]:
-    end = ".Vh.weight"
-    return {key.removesuffix(end): tensor.shape[0] for key, tensor in state.items() if key.endswith(end)}
+def _ranks(state: dict[str, Tensor]) -> tuple[dict[str, int], list[str]]:
+    """The ranks of all low-rank layers, and the names of the pivoted ones."""
+    ranks = {
+        key.removesuffix(end): tensor.shape[0]
+        for key, tensor in state.items()
+        for end in (".Vh.weight", ".P.weight")
+        if key.endswith(end)
+    }
+    return ranks, [name for name in ranks if f"{name}.P.weight" in state]
 
 
 @torch.no_grad()
@@ -431,16 +452,18 @@ def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> 
 def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) -> None:
     """The files are whole and hold what `config` says: from_pretrained would take random weights for the rest."""
     model = _empty_model(path, config)
-    quantizer.put_lowrank_layers(model, acip.ranks)
+    quantizer.put_lowrank_layers(model, acip.ranks, acip.pivoted)
     state = model.state_dict(keep_vars=True)
     with contextlib.ExitStack() as stack:
         where = _open_shards(path, "model.safetensors", stack)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in where.items()}
+        for name in acip.pivoted:
+            _check_pivots(path, where, f"{name}.is_pivot", model.get_submodule(name))
     here = {id(tensor) for name, tensor in state.items() if name in shapes}
     # What transformers renames or fuses as it loads (mixtures of experts) has other names here.
     renamed = _is_renamed(model)
     for name, tensor in state.items():
-        ours = name.endswith((".Vh.weight", ".U.weight", ".U.bias"))
+        ours = name.endswith((".Vh.weight", ".U.weight", ".U.bias", ".P.weight", ".C.weight", ".is_pivot"))
         if name in shapes and shapes[name] != tuple(tensor.shape) and (ours or not renamed):
             raise ValueError(
                 f"{where[name][1]}: tensor {name} is {list(shapes[name])}, but must be {list(tensor.shape)}"
@@ -451,6 +474,21 @@ def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) 
     held = sum(torch.Size(shape).numel() for shape in shapes.values())
     if held < needed:
         raise ValueError(f"{path}: its files hold {held} numbers, fewer than the {needed} of the model in config.json")
+
+
+def _check_pivots(path, where: dict, name: str, layer: nn.Module) -> None:
+    """The bits of `is_pivot` name as many outputs as the layer has pivots: others would store outputs elsewhere."""
+    if name not in where:
+        raise ValueError(f"{path}: tensor {name!r} is missing")
+    bits = files.read_tensor(*where[name], name)
+    if bits.dtype != torch.uint8 or bits.shape != layer.is_pivot.shape:
+        raise ValueError(
+            f"{where[name][1]}: tensor {name} is {bits.dtype} {list(bits.shape)}, "
+            f"but must be torch.uint8 {list(layer.is_pivot.shape)}"
+        )
+    bits = unpack_bits(bits, 8 * len(bits))
+    if int(bits.sum()) != layer.rank or bool(bits[layer.out_features :].any()):
+        raise ValueError(f"{where[name][1]}: tensor {name} does not name {layer.rank} of {layer.out_features} outputs")
 
 
 def _is_renamed(model: nn.Module) -> bool:

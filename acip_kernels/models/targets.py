@@ -52,9 +52,9 @@ def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    from ..nn import LowRankLinear, SVDLinear
+    from ..nn import LowRankLinear, PivotLinear, SVDLinear
 
-    return isinstance(module, LowRankLinear | SVDLinear)
+    return isinstance(module, LowRankLinear | PivotLinear | SVDLinear)
 
 
 def choose_targets(

@@ -67,13 +67,22 @@ def add_product(to: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return to.copy_(torch.addmm(to.float(), a.float(), b.float()))
 
 
-def check_factors(operator: str, x: Tensor, Vh: Tensor, U: Tensor, bias: Tensor | None, **per_rank: Tensor) -> None:
+def check_factors(
+    operator: str,
+    x: Tensor,
+    Vh: Tensor,
+    U: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str] = ("Vh", "U"),
+    **per_rank: Tensor,
+) -> None:
     """Shapes, dtypes and devices of `((x Vhᵀ) ⊙ s) Uᵀ + bias`.
 
-    `per_rank` are the `[rank]` vectors. Raises `TypeError` for a non-tensor or a wrong dtype and `ValueError` for a
-    wrong shape or device; the message names the argument.
+    `per_rank` are the `[rank]` vectors, `names` what the caller calls `Vh` and `U`. Raises `TypeError` for a non-tensor
+    or a wrong dtype and `ValueError` for a wrong shape or device; the message names the argument.
     """
-    tensors = {"x": x, "Vh": Vh, "U": U, **per_rank}
+    right, left = names
+    tensors = {"x": x, right: Vh, left: U, **per_rank}
     if bias is not None:
         tensors["bias"] = bias
     for name, tensor in tensors.items():
@@ -85,17 +94,21 @@ def check_factors(operator: str, x: Tensor, Vh: Tensor, U: Tensor, bias: Tensor 
             raise ValueError(f"{operator}: {name} is on {tensor.device} but x is on {x.device}")
 
     if Vh.dim() != 2:
-        raise ValueError(f"{operator}: Vh must be [rank, in_features], got shape {list(Vh.shape)}")
+        raise ValueError(f"{operator}: {right} must be [rank, in_features], got shape {list(Vh.shape)}")
     if U.dim() != 2:
-        raise ValueError(f"{operator}: U must be [out_features, rank], got shape {list(U.shape)}")
+        raise ValueError(f"{operator}: {left} must be [out_features, rank], got shape {list(U.shape)}")
     rank, in_features = Vh.shape
     out_features = U.shape[0]
     if U.shape[1] != rank:
-        raise ValueError(f"{operator}: U must be [out_features, {rank}] as Vh has rank {rank}, got {list(U.shape)}")
+        raise ValueError(
+            f"{operator}: {left} must be [out_features, {rank}] as {right} has rank {rank}, got {list(U.shape)}"
+        )
     if rank == 0:
-        raise ValueError(f"{operator}: rank is 0 (Vh is {list(Vh.shape)}); a layer of rank 0 is its bias alone")
+        raise ValueError(f"{operator}: rank is 0 ({right} is {list(Vh.shape)}); a layer of rank 0 is its bias alone")
     if x.dim() == 0 or x.shape[-1] != in_features:
-        raise ValueError(f"{operator}: x must be [..., {in_features}] as Vh is {list(Vh.shape)}, got {list(x.shape)}")
+        raise ValueError(
+            f"{operator}: x must be [..., {in_features}] as {right} is {list(Vh.shape)}, got {list(x.shape)}"
+        )
     for name, tensor in per_rank.items():
         if tensor.shape != (rank,):
             raise ValueError(f"{operator}: {name} must be [{rank}], got shape {list(tensor.shape)}")
@@ -105,7 +118,7 @@ def check_factors(operator: str, x: Tensor, Vh: Tensor, U: Tensor, bias: Tensor 
             raise TypeError(f"{operator}: {name} must be {precise} or x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"{operator}: bias must be [{out_features}], got shape {list(bias.shape)}")
-    for name in ("Vh", "U", "bias"):
+    for name in (right, left, "bias"):
         if name in tensors and tensors[name].dtype != x.dtype:
             raise TypeError(f"{operator}: {name} is {tensors[name].dtype} but x is {x.dtype}; convert one of them")
 

@@ -1,0 +1,278 @@
+"""One training run for every size: factors in the order of their worth, trained at sizes drawn at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+
+import torch
+from torch import Tensor, nn
+
+from .. import files
+from ..models import quantizer
+from ..models.loss import CausalLoss
+from ..models.targets import is_conv1d, linear_layers
+from ..nn import SVDLinear
+from ..nn.nested_linear import NestedLinear
+from .config import compute_dtype
+from .factorize import replace_modules, svd_layers
+from .loop import TrainingLoop, random_state_of
+from .methods import RankingConfig, rank_singular_values
+from .sizing import Sizing
+from .step import with_labels
+
+RANKING = "ranking.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NestedConfig(RankingConfig):
+    """The default way to compress: rank once, by `method`, then train all factors at sizes drawn at random.
+
+    Every step draws a size ratio from `smallest_ratio` to `largest_ratio`, evenly, and takes a gradient step with the
+    best-scored ranks that this size has: so a smaller model is a part of each larger one, and one set of factors serves
+    every size. No adapters, hence nothing to count or to merge afterwards.
+
+    steps: optimizer steps, of `gradient_accumulation` batches each, which all have their own size.
+    learning_rate: AdamW's, without weight decay, at its highest: it rises over `warmup_steps` and then falls to zero by
+        half a cosine. betas, eps: AdamW's.
+    gradient_checkpointing: recompute activations to save memory. checkpoint_seconds: between two checkpoints, which
+        hold the factors and both moments, about five times the model's weights in float32.
+    seed: of the sizes.
+    """
+
+    steps: int = 400
+    learning_rate: float = 2e-4
+    warmup_steps: int = 10
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    smallest_ratio: float = 0.3
+    largest_ratio: float = 1.0
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if not 0 < self.smallest_ratio <= self.largest_ratio <= 1:
+            raise ValueError(
+                "smallest_ratio and largest_ratio must be in (0, 1], the first not above the second, "
+                f"got {self.smallest_ratio} and {self.largest_ratio}"
+            )
+        for name, low in (("steps", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
+                raise ValueError(f"{name} must be an int of at least {low}, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def stop_ratio(self) -> float:
+        """The smallest size that is trained."""
+        return self.smallest_ratio
+
+    @property
+    def rebuilds(self) -> bool:
+        return False
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of step number `step`, from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        fraction = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+class RankingRun(TrainingLoop):
+    """A ranking, and no step after it."""
+
+    config_class = RankingConfig
+    format_version = 1
+    first_phase = "done"
+    optimizer = None
+
+    def prepare(self) -> None:
+        self.model.to(compute_dtype(self.config.dtype, self.device))
+        if not any(hasattr(module, "set_live") for module in self.model.modules()):
+            self.rank()
+        if quantizer.is_transformers(self.model):
+            quantizer.attach_factorized(self.model)
+        self.layers = svd_layers(self.model)
+
+    def rank(self) -> None:
+        """Rank, or take the ranking of the run that is resumed: it may take as long as some of the training."""
+        path = None if self.output is None else self.output / RANKING
+        if self.resuming and path.exists():
+            put_factors(self.model, files.read_tensors(path))
+            return
+        rank_singular_values(
+            self.model, self.batches, self.config, svd_cache=self.svd_cache, counting=self.bar.counting
+        )
+        if path is not None and self.first_phase != "done":
+            tensors = {
+                f"{name}.{key}": getattr(layer, key).contiguous()
+                for name, layer in svd_layers(self.model).items()
+                for key in ("U", "S", "Vh", "scores")
+            }
+            files.write_tensors(path, tensors)
+
+    def ratio(self) -> float:
+        return 1.0
+
+    def finish(self) -> None:
+        self.model.eval()
+
+    def progress(self) -> list[tuple]:
+        return []
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        return {}
+
+    def fields(self) -> dict:
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def take_tensors(self, tensors: dict[str, Tensor]) -> None:
+        pass
+
+
+class NestedRun(RankingRun):
+    """The state of a nested run, and the loop over it."""
+
+    config_class = NestedConfig
+    first_phase = "train"
+
+    def prepare(self) -> None:
+        config = self.config
+        super().prepare()
+        self.sizing = Sizing.of(self.model, adapters=False, forms=config.forms)
+        self.training = NestedTraining(self.model, self.sizing, config)
+        self.optimizer = self.training.optimizer
+
+    def one_step(self) -> None:
+        started = time.monotonic()
+        config = self.config
+        random_state, consumed = random_state_of(self.device), self.consumed
+        batches = list(itertools.islice(self.feed, config.gradient_accumulation))
+        self.consumed += len(batches)
+        spread = config.largest_ratio - config.smallest_ratio
+        ratios = [config.smallest_ratio + spread * float(torch.rand(())) for _ in batches]
+        rate = config.rate_at(self.step)
+        loss, norm = self.training(batches, ratios, rate)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.consumed = consumed
+            self.fail_not_finite(loss, norm, random_state)
+        self.seconds += time.monotonic() - started
+        row = {
+            "step": self.step,
+            "phase": self.phase,
+            "loss": loss,
+            "learning_rate": rate,
+            "size_ratio": sum(ratios) / len(ratios),
+            "gradient_norm": norm,
+            "seconds": round(self.seconds, 3),
+        }
+        self.step += 1
+        if self.step == config.steps:
+            self.phase = "done"
+        self.record(row)
+
+    def finish(self) -> None:
+        self.training.finish()
+
+    def progress(self) -> list[tuple]:
+        row, about = self.history[-1] if self.history else None, ""
+        if row is not None:
+            about = f"step {self.step}  loss {row['loss']:.3f}  at size {100 * row['size_ratio']:.0f} %"
+        return [("train", self.step, self.config.steps, about)]
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        return self.training.parameters
+
+
+def put_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """`SVDLinear`s of `{layer.U, layer.S, layer.Vh, layer.scores}` in the place of the model's layers."""
+    layers, replacements = linear_layers(model)[0], {}
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        old = layers[name]
+        U, S, Vh = (tensors[f"{name}.{key}"].to(old.weight.device) for key in ("U", "S", "Vh"))
+        bias = None if old.bias is None else old.bias.to(U.dtype)
+        replacements[old] = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
+        replacements[old].scores.copy_(tensors[f"{name}.scores"])
+    replace_modules(model, replacements)
+
+
+class NestedTraining:
+    """`training([batch, ...], [ratio, ...], rate)`: forward, backward and AdamW for the factors at these sizes.
+
+    Replaces the model's `SVDLinear`s by `NestedLinear`s, until `finish`, and freezes everything else.
+    """
+
+    def __init__(self, model: nn.Module, sizing: Sizing, config: NestedConfig):
+        self.model, self.sizing = model, sizing
+        self.svd = svd_layers(model)
+        self.device = next(iter(self.svd.values())).U.device
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.orders, self.scores, self.layers = {}, {}, {}
+        for name, layer in self.svd.items():
+            order = layer.scores.sort(descending=True, stable=True).indices
+            self.orders[name], self.scores[name] = order, layer.scores[order].cpu()
+            self.layers[name] = NestedLinear(layer.U[:, order], layer.S[order], layer.Vh[order], layer.bias)
+        replace_modules(model, dict(zip(self.svd.values(), self.layers.values(), strict=True)))
+        self.parameters = {
+            f"{name}.{side}": getattr(layer, side) for name, layer in self.layers.items() for side in ("left", "right")
+        }
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.loss = CausalLoss(model)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.checkpointing = config.gradient_checkpointing
+        model.train()
+
+    def set_size(self, ratio: float) -> None:
+        """The ranks of the model of size `ratio`; a layer keeps at least one."""
+        live = self.sizing.cut(self.scores, ratio)
+        for name, layer in self.layers.items():
+            layer.rank = max(1, int(live[name].sum()))
+
+    def __call__(self, batches: list[dict], ratios: list[float], rate: float) -> tuple[float, float]:
+        """The loss, averaged over the batches, and the norm of the gradient; not finite if nothing was changed."""
+        total = torch.zeros((), device=self.device)
+        for batch, ratio in zip(batches, ratios, strict=True):
+            self.set_size(ratio)
+            loss = self.loss(with_labels(batch, self.device)) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        # AdamW looks at this flag itself and changes nothing where it is set: no need to wait for the answer here.
+        self.optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        torch._foreach_zero_(gradients)
+        return float(total), float(norm)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """`SVDLinear`s again, which hold the trained factors, and the scores that the run began with."""
+        for name, layer in self.svd.items():
+            order = self.orders[name]
+            for tensor, trained in zip((layer.U.t(), layer.S, layer.Vh), self.layers[name].factors(), strict=True):
+                tensor[order] = trained.to(tensor.dtype)
+            layer.uncompact()
+        replace_modules(self.model, dict(zip(self.layers.values(), self.svd.values(), strict=True)))
+        if self.checkpointing:
+            self.model.gradient_checkpointing_disable()
+        self.model.eval()
