@@ -27,6 +27,8 @@ _MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 _TEXT_WHEEL = "gensim==4.4.0"
 _TEXT_FILE = "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 _TEXT_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+_NEWS_FILE = "lee_background.cor"
+_NEWS_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
 # The test data is the same in every wheel, so this one serves on every platform, and nothing is ever built.
 _TEXT_TAGS = ("--platform=manylinux_2_28_x86_64", "--python-version=3.11", "--implementation=cp", "--abi=cp311")
 
@@ -113,6 +115,21 @@ def demo_texts(cache=None, log=None):
         fresh.write_text(json.dumps(texts, ensure_ascii=False), "utf-8")
         os.replace(fresh, cleaned)
     return texts
+
+
+def demo_news(cache=None, log=None):
+    """300 short newswire articles (Australian Broadcasting Corporation, 2001): a list of str, text of another kind.
+
+    From the same package as `demo_texts`, and kept and raising as there.
+    """
+    directory = cache_dir(cache)
+    kept = directory / _NEWS_FILE
+    if not kept.is_file():
+        with _scratch(directory) as scratch:
+            _log(log, "fetching 300 news articles (28 MB)")
+            advice = "give text files of your own"
+            os.replace(_fetch(_TEXT_WHEEL, _NEWS_FILE, _NEWS_SHA256, scratch, _TEXT_TAGS, advice=advice), kept)
+    return [line for line in kept.read_text("utf-8").splitlines() if line.strip()]
 
 
 def svd_cache(source, cache=None):

@@ -10,8 +10,10 @@ way: any size, `materialize`, evaluate.
 - `svd_llm` (arXiv 2403.07378; v2: 2503.12340): whitened by the inputs' covariance. Allocation `uniform`, the same size
   ratio for every layer, or `loss`, v2's: within each type of layer, in proportion to `1 / log` of the error that
   truncation leaves in theory.
-- `importance`: whitened by the covariance of the inputs and of the gradients at the outputs, and scored by what the
-  loss rises by, to second order, per number stored (`importance.py`).
+- `importance`: whitened by the covariance of the inputs and of the gradients at the outputs, so that a squared singular
+  value is what the loss rises by without it, to second order and by a Kronecker-factored curvature. Allocation `worth`:
+  that, per number stored (`importance.py`); `measured`: the mean square of the masked singular-value gradient instead,
+  a pass over the data more.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from .step import endless, with_labels
 
 # What each method may allocate by; the first is its default.
 ALLOCATIONS = {
-    "importance": ("worth",),
+    "importance": ("worth", "measured"),
     "svd": ("global",),
     "asvd": ("sensitivity", "uniform"),
     "svd_llm": ("loss", "uniform"),
@@ -161,6 +163,9 @@ def rank_singular_values(
         score_by_singular_values(model)
         return
     if config.allocation == "worth":
+        # In this basis the squared singular values are the increase of the loss, in one unit for all layers.
+        scores = scores_by_worth({name: layer.S.double() ** 2 for name, layer in layers.items()}, sizing)
+    elif config.allocation == "measured":
         with counting("importance", "batches") as advance:
             scores = scores_by_worth(gradient_importance(model, first, advance, len(first)), sizing)
     elif config.allocation == "uniform":

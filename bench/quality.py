@@ -1,0 +1,188 @@
+"""What is lost at which size, by every method: `python -m bench.quality [--method nested --seed 0 ...]`.
+
+SmolLM2-135M, calibrated (and trained) on Wikipedia articles, all but the last 20; perplexity on those 20, and on
+newswire, which no method sees. Every method gets the same calibration tokens. A result is written after every size that
+has been evaluated, and an interrupted call goes on where it was.
+
+Methods: `nested` (the default of `acip compress`); `importance`, its ranking without training; `acip`, the paper's run
+on a schedule of as many tokens; `svd_llm` (uniform), `svd_llm_v2`, `asvd`, `svd`, in two factors as they are published;
+the first two again in pivoted form; `dense_tuned`, the dense model trained on the tokens of `nested`.
+Against: each other, at the same stored size (`factorized`: the weights of the factorized layers, everything in them
+counted) and at the same bytes of the file in bfloat16.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, compress, evaluate, files, materialize, report
+from acip_kernels import data as texts
+from acip_kernels.compress.result import CompressionResult
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results" / "quality"
+SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+HELD_OUT = 20
+CONTEXT, LENGTH = 1024, 1024
+CALIBRATION_BATCHES = 32
+STEPS = 400
+FACTORS = ("dense", "factors")
+
+METHODS = {
+    "nested": lambda seed: NestedConfig(steps=STEPS, calibration_batches=CALIBRATION_BATCHES, seed=seed),
+    "importance": lambda seed: RankingConfig(method="importance", calibration_batches=CALIBRATION_BATCHES),
+    "acip": lambda seed: CompressionConfig.short(STEPS * 4 // 5, stop_ratio=0.4, dtype="float32", seed=seed),
+    "svd_llm": lambda seed: _baseline("svd_llm", "uniform", FACTORS),
+    "svd_llm_v2": lambda seed: _baseline("svd_llm", "loss", FACTORS),
+    "svd_llm_pivoted": lambda seed: _baseline("svd_llm", "uniform", (*FACTORS, "pivoted")),
+    "svd_llm_v2_pivoted": lambda seed: _baseline("svd_llm", "loss", (*FACTORS, "pivoted")),
+    "asvd": lambda seed: _baseline("asvd", "sensitivity", FACTORS),
+    "svd": lambda seed: _baseline("svd", "global", FACTORS),
+    "dense_tuned": lambda seed: NestedConfig(
+        steps=STEPS, calibration_batches=CALIBRATION_BATCHES, smallest_ratio=1.0, largest_ratio=1.0, seed=seed
+    ),
+}
+
+console = Console(stderr=True)
+
+
+def _baseline(method, allocation, forms):
+    return RankingConfig(
+        method=method,
+        allocation=allocation,
+        forms=forms,
+        calibration_batches=CALIBRATION_BATCHES,
+        sensitivity_batches=1,
+    )
+
+
+def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, target: pathlib.Path) -> None:
+    """Compress by `method`, and evaluate what is missing of `sizes` in the result file `target`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(texts.demo_model(log=console.print))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    articles = texts.demo_texts(log=console.print)
+    training = texts.tokenize(tokenizer, articles[:-HELD_OUT])
+    tests = {
+        "wikipedia": texts.tokenize(tokenizer, articles[-HELD_OUT:]),
+        "news": texts.tokenize(tokenizer, texts.demo_news(log=console.print)),
+    }
+    config = None if method == "dense" else METHODS[method](seed)
+    batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=seed)
+    result = files.read_json(target) if target.exists() else {"method": method, "seed": seed, "rows": []}
+    setting = {
+        "config": config and config.to_dict(),
+        "perplexity_on": {name: tokens.numel() for name, tokens in tests.items()},
+        "context": CONTEXT,
+        "windows": windows,
+        "calibration_tokens": CALIBRATION_BATCHES * LENGTH,
+        "training_tokens": getattr(config, "steps", 0) * LENGTH,
+    }
+    if result.get("setting", setting) != setting and result["rows"]:
+        raise ValueError(f"{target} was measured with another setting: remove it to measure anew")
+    result["setting"], result["device"] = setting, report.device_description()
+    missing = [size for size in sizes if all(row["size_ratio"] != size for row in result["rows"])]
+    if not missing:
+        return
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    compressed = None
+    if config is not None:
+        output, elastic = work / f"{method}-{seed}", work / f"{method}-{seed}" / "elastic"
+        if elastic.exists():
+            compressed = CompressionResult.load(elastic)
+        else:
+            started = time.monotonic()
+            resume = (output / "checkpoint.safetensors").exists()
+            compressed = compress(
+                dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source)
+            )
+            result["seconds"] = round(time.monotonic() - started, 1)
+            result["history"] = compressed.history
+            compressed.save(elastic, tokenizer=tokenizer, base_model=source, overwrite=True)
+    for size in missing if config is not None else [1.0]:
+        forms = getattr(config, "forms", ("dense", "factors"))
+        model = dense if compressed is None else materialize(compressed, size, forms=forms)
+        cut = None if compressed is None else compressed.cut(size, forms=forms)
+        row = {
+            "method": method,
+            "seed": seed,
+            "size_ratio": size,
+            "factorized": 1.0 if cut is None else cut.ratios["factorized"],
+            "stored": 1.0 if cut is None else cut.ratios["stored"],
+            "file_bytes": sum(p.numel() for p in model.parameters()) * 2 if cut is None else cut.bytes(torch.bfloat16),
+        }
+        for name, tokens in tests.items():
+            row[name] = evaluate.perplexity(model, tokens, context=CONTEXT, max_windows=windows).value
+        row["perplexity"] = row["wikipedia"]
+        result["rows"] = sorted([*result["rows"], row], key=lambda row: -row["size_ratio"])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(target, result)
+        console.print(f"{method} {seed} at {size:g}: {row['wikipedia']:.2f} Wikipedia, {row['news']:.2f} news")
+
+
+def read_results(directory: pathlib.Path = RESULTS) -> list[dict]:
+    """Every stored result, sorted by method and seed."""
+    return [files.read_json(path) for path in sorted(directory.glob("*.json"))]
+
+
+def table(results: list[dict], text: str = "wikipedia") -> str:
+    """Markdown: a row a method, a column a size, the median over the seeds and their range if there are several."""
+    lines = ["| method | tokens trained | seeds | " + " | ".join(f"{size:g}" for size in SIZES) + " |"]
+    lines.append("| --- | ---: | ---: |" + " ---: |" * len(SIZES))
+    for method in dict.fromkeys(["dense", *METHODS]):
+        mine = [result for result in results if result["method"] == method and result["rows"]]
+        if not mine:
+            continue
+        cells = []
+        for size in SIZES:
+            values = sorted(row[text] for result in mine for row in result["rows"] if row["size_ratio"] == size)
+            cell = "–" if not values else _number(values[len(values) // 2])
+            cells.append(cell if len(values) < 2 else f"{cell} ({_number(values[0])}–{_number(values[-1])})")
+        trained = mine[0]["setting"]["training_tokens"]
+        lines.append(f"| {method} | {trained / 1000:.0f} k | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:.0e}"
+
+
+def main(
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Repeatable: dense, {', '.join(METHODS)}. Default: all.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeatable. Default: 0.")] = None,
+    size_ratio: Annotated[
+        list[float] | None, typer.Option("--size-ratio", "-s", help="Repeatable. Default: all.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the perplexity, spread over each text.")] = 64,
+    work: Annotated[pathlib.Path, typer.Option(help="Where runs and elastic checkpoints are kept.")] = ROOT
+    / "runs"
+    / "quality",
+    results: Annotated[pathlib.Path, typer.Option(help="Where the results are written.")] = RESULTS,
+):
+    """Perplexity of SmolLM2-135M at every size, by every method. Interrupt it at will: it goes on where it was.
+
+    Example: python -m bench.quality --method nested --seed 0 --windows 8
+    """
+    for one in method or ["dense", *METHODS]:
+        if one != "dense" and one not in METHODS:
+            raise typer.BadParameter(f"--method must be dense or one of {', '.join(METHODS)}, got {one}")
+        for number in seed or [0]:
+            run_method(one, number, size_ratio or SIZES, windows, work, results / f"{one}-{number}.json")
+    stored = read_results(results)
+    typer.echo(table(stored))
+    rows = [row for result in stored for row in result["rows"] if result["seed"] == 0]
+    for x in ("factorized", "file_bytes"):
+        report.plot_perplexity(rows, work / "plots" / f"quality-{x}", x=x)
+
+
+if __name__ == "__main__":
+    typer.run(main)

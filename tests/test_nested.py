@@ -1,0 +1,254 @@
+"""Training at sizes drawn at random: gradients, determinism, resuming, and what the result then is."""
+
+import copy
+import json
+import math
+import sys
+
+import pytest
+import torch
+import toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acip_kernels import (
+    CompressionResult,
+    NestedConfig,
+    RankingConfig,
+    Sizing,
+    compress,
+    load,
+    materialize,
+)
+from acip_kernels.compress.factorize import svd_layers
+from acip_kernels.compress.loop import CHECKPOINT, HISTORY
+from acip_kernels.compress.nested import RANKING, NestedTraining
+from acip_kernels.nn.nested_linear import NestedLinear, balanced, takes_effective_weight
+
+BATCHES = [{"input_ids": toys.token_ids(seed=seed)} for seed in range(4)]
+SHORT = {"steps": 6, "warmup_steps": 2, "learning_rate": 1e-3, "calibration_batches": 4, "dtype": "float32"}
+
+
+def run(model=None, batches=BATCHES, **options):
+    fields = {key: options.pop(key) for key in list(options) if key in NestedConfig.__dataclass_fields__}
+    return compress(model or toys.llama(), batches, NestedConfig(**SHORT | fields), progress=False, **options)
+
+
+# ---- the layer
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 60])
+@pytest.mark.parametrize("shape", [(7, 5, 9), (8, 8, 8), (20, 12, 12)])
+def test_value_and_gradients_by_either_way(shape, tokens):
+    """Against autograd through the plain formula, in float64 and at every rank."""
+    out, k, in_ = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    layer = NestedLinear(random(out, k), random(k).abs(), random(k, in_), random(out)).double()
+    ways = set()
+    for rank in range(1, k + 1):
+        layer.rank = rank
+        ways.add(takes_effective_weight(tokens, in_, out, rank))
+        layer.left.grad, layer.right.grad = torch.zeros_like(layer.left), torch.zeros_like(layer.right)
+        x, g = random(1, tokens, in_).requires_grad_(), random(1, tokens, out)
+        y = layer(x)
+        (dx,) = torch.autograd.grad(y, x, g)
+        plain = [tensor.detach().clone().requires_grad_() for tensor in (x, layer.left, layer.right)]
+        expected = (plain[0] @ plain[2][:rank].t()) @ plain[1][:, :rank].t() + layer.bias
+        gradients = torch.autograd.grad(expected, plain, g)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(dx, gradients[0])
+        torch.testing.assert_close(layer.left.grad, gradients[1])
+        torch.testing.assert_close(layer.right.grad, gradients[2])
+        # A second pass adds to what is there, as autograd does; without a gradient, the same value.
+        layer(x).backward(g)
+        torch.testing.assert_close(layer.left.grad, 2 * gradients[1])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected)
+    if tokens == 60:
+        assert ways == {True, False}
+
+
+def test_the_cheaper_way_is_the_one_with_fewer_operations():
+    for tokens in (1, 64, 1024):
+        for out, in_ in ((576, 576), (192, 576), (576, 1536)):
+            for rank in (1, 100, min(out, in_)):
+                factored = 6 * tokens * rank * (in_ + out)
+                effective = 6 * in_ * out * (tokens + rank)
+                assert takes_effective_weight(tokens, in_, out, rank) == (effective < factored)
+
+
+def test_balanced_factors_are_the_same_product():
+    generator = torch.Generator().manual_seed(0)
+    U, Vh = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((6, 4), (4, 9)))
+    S = torch.tensor([3.0, 1.0, 1e-9, 0.0], dtype=torch.float64)
+    left, right = balanced(U, S, Vh)
+    torch.testing.assert_close(left @ right, (U * S) @ Vh)
+    torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
+
+
+# ---- the run
+
+
+@pytest.mark.parametrize("name", toys.MODELS)
+def test_every_kind_of_model(name):
+    model = toys.MODELS[name]()
+    dense = copy.deepcopy(model)
+    result = run(model, learning_rate=1e-9, steps=2)
+    # With next to no learning rate the factors are those of the weights, in a basis of the data's.
+    for layer_name, layer in svd_layers(result.model).items():
+        old = dense.get_submodule(layer_name)
+        weight = old.weight.t() if layer.source_type == "Conv1D" else old.weight
+        # Through a Cholesky factor and its inverse: the condition of either covariance, damped to 1e-5, at most.
+        torch.testing.assert_close(
+            layer.effective_weight(), weight.detach(), rtol=0, atol=2e-3 * float(weight.abs().max())
+        )
+        assert bool((layer.scores > 0).all())
+    # What is small is close at size one, and every size is a model.
+    for size in (1.0, 0.7, 0.3):
+        small = materialize(result, size)
+        assert torch.isfinite(toys.logits(small)).all()
+
+
+def test_training_lowers_the_loss_at_every_size():
+    batches = [{"input_ids": toys.token_ids(4, 16, seed=seed)} for seed in range(2)]
+    before = run(batches=batches, learning_rate=1e-9, steps=1)
+    after = run(batches=batches, learning_rate=5e-3, steps=60)
+    for size in (0.9, 0.6, 0.4):
+        losses = []
+        for result in (before, after):
+            model = materialize(result, size)
+            ids = batches[0]["input_ids"]
+            losses.append(float(model(ids, labels=ids).loss))
+        assert losses[1] < losses[0]
+
+
+def test_a_smaller_model_is_a_part_of_a_larger_one():
+    result = run()
+    larger = result.cut(0.8)
+    for size in (0.6, 0.4):
+        smaller = result.cut(size)
+        assert all(bool((larger.live[name] | ~smaller.live[name]).all()) for name in larger.live)
+        larger = smaller
+
+
+def test_the_run_is_deterministic_and_its_history_complete(tmp_path):
+    first, second = run(output=tmp_path / "a"), run()
+    for name, layer in svd_layers(first.model).items():
+        assert torch.equal(layer.U, svd_layers(second.model)[name].U)
+    rows = [json.loads(line) for line in (tmp_path / "a" / HISTORY).read_text().splitlines()]
+    assert rows == first.history and [row["step"] for row in rows] == list(range(6))
+    for row, config in zip(rows, [first.config] * 6):
+        assert config.smallest_ratio <= row["size_ratio"] <= config.largest_ratio
+        assert row["learning_rate"] == config.rate_at(row["step"])
+        assert math.isfinite(row["loss"]) and row["gradient_norm"] > 0
+    assert not torch.equal(svd_layers(run(seed=1).model)[name].U, layer.U)
+
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    expected = run()
+
+    def stop(row):
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(output=tmp_path / "run", checkpoint_seconds=0, on_step=stop)
+    assert (tmp_path / "run" / RANKING).exists()
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("ranked anew")
+
+    # By the module: the package's attribute of that name is the function.
+    monkeypatch.setattr(sys.modules[NestedTraining.__module__], "rank_singular_values", forbidden)
+    result = run(output=tmp_path / "run", resume=True, checkpoint_seconds=0)
+    layers = svd_layers(result.model)
+    for name, layer in svd_layers(expected.model).items():
+        for key in ("U", "S", "Vh", "scores"):
+            assert torch.equal(getattr(layer, key), getattr(layers[name], key)), (name, key)
+    drop = {"seconds"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in result.history] == [
+        {k: v for k, v in row.items() if k not in drop} for row in expected.history
+    ]
+
+
+def test_an_acip_runs_checkpoint_is_not_a_nested_runs(tmp_path):
+    run(output=tmp_path / "run")
+    with pytest.raises(ValueError, match="holds the checkpoint of a run"):
+        run(output=tmp_path / "run")
+    from acip_kernels import CompressionConfig
+
+    with pytest.raises(ValueError, match="another method"):
+        compress(
+            toys.llama(), BATCHES, CompressionConfig.short(4), output=tmp_path / "run", resume=True, progress=False
+        )
+    with pytest.raises(ValueError, match="learning_rate was 0.001, is 0.5"):
+        run(output=tmp_path / "run", resume=True, learning_rate=0.5)
+    assert (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model = toys.llama()
+    compress(model, BATCHES, RankingConfig(calibration_batches=2), progress=False)
+    training = NestedTraining(model, Sizing.of(model, adapters=False), NestedConfig(**SHORT))
+    before = {name: tensor.detach().clone() for name, tensor in training.parameters.items()}
+    broken = {"input_ids": toys.token_ids()}
+    training.loss = lambda batch: model(**batch).loss * math.inf
+    loss, norm = training([broken], [0.5], 1e-3)
+    assert not (math.isfinite(loss) and math.isfinite(norm))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training.parameters.items())
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    result = run()
+    result.save(tmp_path / "elastic")
+    again = CompressionResult.load(tmp_path / "elastic")
+    assert again.config == result.config and again.history == result.history
+    for size in (1.0, 0.6, 0.35):
+        toys.assert_close(toys.logits(load(tmp_path / "elastic", size)), toys.logits(materialize(result, size)))
+    with pytest.raises(ValueError, match="cannot be rebuilt"):
+        result.save(tmp_path / "compact", compact=True, base_model="x")
+
+
+def test_gradient_accumulation_takes_a_size_for_each_batch():
+    result = run(gradient_accumulation=2, steps=3)
+    assert len(result.history) == 3
+
+
+@given(st.integers(0, 500), st.integers(1, 400), st.integers(0, 50))
+@settings(max_examples=50, deadline=None)
+def test_the_rate_rises_then_falls(step, steps, warmup):
+    config = NestedConfig(steps=steps, warmup_steps=warmup)
+    step = min(step, steps - 1)
+    assert 0 <= config.rate_at(step) <= config.learning_rate * (1 + 1e-12)
+    if step + 1 < warmup:
+        assert config.rate_at(step) < config.rate_at(step + 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"smallest_ratio": 0.0}, "smallest_ratio"),
+        ({"smallest_ratio": 0.9, "largest_ratio": 0.8}, "largest_ratio"),
+        ({"steps": 0}, "steps"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"method": "guess"}, "method must be one of"),
+        ({"allocation": "uniform"}, "allocation of importance must be one of"),
+        ({"forms": ("round",)}, "forms must be some of"),
+        ({"calibration_batches": 0}, "calibration_batches"),
+        ({"dtype": "int8"}, "dtype"),
+    ],
+)
+def test_bad_constants_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        NestedConfig(**fields)
+
+
+def test_a_configuration_comes_back():
+    config = NestedConfig(steps=7, forms=("dense", "factors"), exclude=("o_proj",))
+    assert NestedConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="no field colour"):
+        NestedConfig.from_dict(config.to_dict() | {"colour": 1})
