@@ -78,6 +78,7 @@ _CONFIG_HELP = {
     "sensitivity_batches": "Batches that the sensitivity of each layer is measured on (asvd).",
     "forms": "Forms that layers may be stored in: dense, factors, pivoted (repeatable).",
     "magnitude_power": "ASVD's α.",
+    "distillation": "Weight of the dense model's probabilities in the loss; 0 for the next token alone (nested).",
     "learning_rate": "AdamW's highest learning rate (nested).",
     "warmup_steps": "Steps in which it rises to that (nested).",
     "smallest_ratio": "The smallest size that is trained (nested) …",

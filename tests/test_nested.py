@@ -23,6 +23,7 @@ from acip_kernels import (
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.nested import RANKING, NestedTraining
+from acip_kernels.models import distill
 from acip_kernels.nn.nested_linear import NestedLinear, balanced, takes_effective_weight
 
 BATCHES = [{"input_ids": toys.token_ids(seed=seed)} for seed in range(4)]
@@ -240,6 +241,7 @@ def test_the_rate_rises_then_falls(step, steps, warmup):
         ({"forms": ("round",)}, "forms must be some of"),
         ({"calibration_batches": 0}, "calibration_batches"),
         ({"dtype": "int8"}, "dtype"),
+        ({"distillation": 1.5}, "distillation"),
     ],
 )
 def test_bad_constants_are_refused(fields, message):
@@ -252,3 +254,61 @@ def test_a_configuration_comes_back():
     assert NestedConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="no field colour"):
         NestedConfig.from_dict(config.to_dict() | {"colour": 1})
+
+
+# ---- what the dense model teaches
+
+
+@pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("head", [True, False])
+def test_the_soft_loss_and_its_gradient(w, head, monkeypatch):
+    """Against autograd through the formula in float64; in blocks of rows, the last one smaller."""
+    monkeypatch.setattr(distill, "_CHUNK_ELEMENTS", 1)  # 32 rows at a time
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    tokens, in_, classes = 70, 6, 11
+    x, teacher = random(tokens, in_ if head else classes).requires_grad_(), random(tokens, in_ if head else classes)
+    weight, bias = (random(classes, in_), random(classes)) if head else (None, None)
+    labels = torch.randint(classes, (tokens,), generator=generator)
+    loss = distill.soft_cross_entropy(x, teacher, labels, weight, bias, w)
+    log_q, log_p = ((s @ weight.t() + bias if head else s).log_softmax(1) for s in (x, teacher))
+    hard = torch.nn.functional.nll_loss(log_q, labels, reduction="sum")
+    soft = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    expected = (1 - w) * hard + w * soft
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss * 3, x)[0], 3 * torch.autograd.grad(expected, x)[0])
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_teacher_is_the_dense_model(lean):
+    dense, model = toys.llama(), toys.llama()
+    compress(model, BATCHES, RankingConfig(calibration_batches=2, dtype="float32"), progress=False)
+    training = NestedTraining(model, Sizing.of(model, adapters=False), NestedConfig(**SHORT | {"distillation": 1.0}))
+    training.set_size(0.4)
+    model.eval()
+    with training.teaching():
+        taught = toys.logits(model)
+    expected = toys.logits(dense)
+    # The factors' product instead of the weight: through a damped factor and its inverse.
+    assert float((taught - expected).abs().max()) <= 2e-2 * float(expected.abs().max())
+    assert float((toys.logits(model) - expected).abs().max()) > 0.1 * float(expected.abs().max())
+    training.loss.plain.lean = lean
+    batch = {"input_ids": toys.token_ids(), "labels": toys.token_ids()}
+    student, labels = model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    assert len(labels) == len(student)
+    expected = torch.nn.functional.kl_div(
+        student.log_softmax(1), taught[:, :-1].flatten(0, 1).log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    assert float(training.loss(batch)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_without_a_teacher_the_loss_is_the_models_own():
+    model = toys.llama()
+    compress(model, BATCHES, RankingConfig(calibration_batches=2, dtype="float32"), progress=False)
+    training = NestedTraining(model, Sizing.of(model, adapters=False), NestedConfig(**SHORT | {"distillation": 0.0}))
+    assert all(layer.dense is None for layer in training.layers.values())
+    batch = {"input_ids": toys.token_ids(), "labels": toys.token_ids()}
+    assert float(training.loss(batch)) == pytest.approx(float(model(**batch).loss), rel=1e-5)

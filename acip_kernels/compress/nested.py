@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..models import quantizer
-from ..models.loss import CausalLoss
+from ..models.distill import DistillationLoss
 from ..models.targets import is_conv1d, linear_layers
 from ..nn import SVDLinear
 from ..nn.nested_linear import NestedLinear
@@ -32,9 +33,12 @@ class NestedConfig(RankingConfig):
 
     Every step draws a size ratio from `smallest_ratio` to `largest_ratio`, evenly, and takes a gradient step with the
     best-scored ranks that this size has: so a smaller model is a part of each larger one, and one set of factors serves
-    every size. No adapters, hence nothing to count or to merge afterwards.
+    every size. No adapters, hence nothing to count or to merge afterwards. The dense model teaches: its probabilities
+    are part of the target (Hinton et al., arXiv 1503.02531), which says more about each token than the next one alone.
 
     steps: optimizer steps, of `gradient_accumulation` batches each, which all have their own size.
+    distillation: the weight `w` of the teacher in the loss `(1 - w) cross-entropy + w KL(teacher ‖ student)`; 0 for
+        none, which saves the teacher's forward pass and its dense weights.
     learning_rate: AdamW's, without weight decay, at its highest: it rises over `warmup_steps` and then falls to zero by
         half a cosine. betas, eps: AdamW's.
     gradient_checkpointing: recompute activations to save memory. checkpoint_seconds: between two checkpoints, which
@@ -43,7 +47,8 @@ class NestedConfig(RankingConfig):
     """
 
     steps: int = 400
-    learning_rate: float = 2e-4
+    distillation: float = 0.5
+    learning_rate: float = 1e-4
     warmup_steps: int = 10
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -63,6 +68,8 @@ class NestedConfig(RankingConfig):
         for name, low in (("steps", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
                 raise ValueError(f"{name} must be an int of at least {low}, got {getattr(self, name)!r}")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must be from 0 to 1, got {self.distillation}")
         for name in ("learning_rate", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -221,7 +228,10 @@ class NestedTraining:
         for name, layer in self.svd.items():
             order = layer.scores.sort(descending=True, stable=True).indices
             self.orders[name], self.scores[name] = order, layer.scores[order].cpu()
-            self.layers[name] = NestedLinear(layer.U[:, order], layer.S[order], layer.Vh[order], layer.bias)
+            nested = NestedLinear(layer.U[:, order], layer.S[order], layer.Vh[order], layer.bias)
+            if config.distillation:
+                nested.dense = layer.effective_weight(adapter=False).to(layer.U.dtype)
+            self.layers[name] = nested
         replace_modules(model, dict(zip(self.svd.values(), self.layers.values(), strict=True)))
         self.parameters = {
             f"{name}.{side}": getattr(layer, side) for name, layer in self.layers.items() for side in ("left", "right")
@@ -234,11 +244,22 @@ class NestedTraining:
             weight_decay=0.0,
             fused=True,
         )
-        self.loss = CausalLoss(model)
+        self.loss = DistillationLoss(model, self.teaching, config.distillation)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.checkpointing = config.gradient_checkpointing
         model.train()
+
+    @contextlib.contextmanager
+    def teaching(self):
+        """Within it, the model computes with the dense weights that it began with."""
+        for layer in self.layers.values():
+            layer.teaching = True
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.teaching = False
 
     def set_size(self, ratio: float) -> None:
         """The ranks of the model of size `ratio`; a layer keeps at least one."""

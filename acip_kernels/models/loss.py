@@ -33,9 +33,13 @@ class CausalLoss:
             self.lean = False
 
     def __call__(self, inputs: dict) -> Tensor:
+        return self._lean(inputs) if self.is_lean(inputs) else self.model(**inputs).loss
+
+    def is_lean(self, inputs: dict) -> bool:
+        """Whether the loss is the cross-entropy of base model and head; tried on `inputs` if it is not known."""
         if self.lean is None:
             self.lean = self._agrees(inputs)
-        return self._lean(inputs) if self.lean else self.model(**inputs).loss
+        return self.lean
 
     def _is_usual(self) -> bool:
         head = getattr(self.model, "get_output_embeddings", lambda: None)()

@@ -32,8 +32,13 @@ class NestedLinear(nn.Module):
         self.right = nn.Parameter(right.float().contiguous())
         self.left.grad, self.right.grad = torch.zeros_like(self.left), torch.zeros_like(self.right)
         self.register_buffer("bias", None if bias is None else bias.detach())
+        # Where the layer was before it was trained, to teach it; `teaching` says that it computes with that.
+        self.dense: Tensor | None = None
+        self.teaching = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.teaching:
+            return nn.functional.linear(x, self.dense, self.bias)
         if torch.is_grad_enabled():
             return _NestedLinear.apply(x, self.left, self.right, self.bias, self.rank, self.dtype)
         left, right = self.left[:, : self.rank].to(self.dtype), self.right[: self.rank].to(self.dtype)
