@@ -274,6 +274,10 @@ def materialize(
     count: Count = "factorized",
     adapters: Adapters = "auto",
     rank_multiple: Annotated[int, typer.Option(help="Round stored ranks up to a multiple of this.")] = 1,
+    forms: Annotated[
+        list[str] | None,
+        typer.Option(help="Forms that layers may be stored in: dense, factors, pivoted (repeatable). Default: all."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the checkpoint's own.")] = "auto",
     base_model: Annotated[
         str | None, typer.Option(help="Of a compact checkpoint: where its base model is now.")
@@ -287,6 +291,7 @@ def materialize(
     """
     from . import data as texts
     from . import files, load, save
+    from .compress.sizing import FORMS
 
     model = load(
         elastic,
@@ -294,6 +299,7 @@ def materialize(
         count=count,
         adapters=adapters,
         rank_multiple=rank_multiple,
+        forms=tuple(forms) if forms else FORMS,
         dtype=dtype,
         base_model=base_model,
         svd_cache=texts.svd_cache(base_model or elastic),
@@ -600,9 +606,15 @@ def _stored_ranks(path, ranks: dict[str, int]) -> dict[str, tuple[int, int]]:
     for file in sorted(path.glob("*.safetensors")):
         with files.open_tensors(file) as tensors:
             for name in ranks:
-                if f"{name}.U.weight" in set(tensors.keys()):
-                    out = tensors.get_slice(f"{name}.U.weight").get_shape()[0]
-                    full[name] = min(out, tensors.get_slice(f"{name}.Vh.weight").get_shape()[1])
+                shapes = {
+                    key: tensors.get_slice(f"{name}.{key}.weight").get_shape()
+                    for key in ("U", "Vh", "P", "C")
+                    if f"{name}.{key}.weight" in set(tensors.keys())
+                }
+                if "U" in shapes:
+                    full[name] = min(shapes["U"][0], shapes["Vh"][1])
+                elif "P" in shapes:
+                    full[name] = min(shapes["P"][0] + shapes["C"][0], shapes["P"][1])
     return {name: (rank, full[name]) for name, rank in ranks.items()}
 
 

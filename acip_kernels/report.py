@@ -414,9 +414,11 @@ def _number_cells(axes, fraction, cells):
 def plot_history(history, stem):
     """A compression run over its steps: loss, λ and size ratio, with the border between its phases.
 
-    history: dicts with `step`, `phase` ("prune" or "tune"), `loss`, `lambda`, `size_ratio`; the last three
-      may be missing or None. A step written again after a restart counts once, as written last. Tune steps
-      that count from their own start follow on the prune steps.
+    Of a nested run, whose steps have sizes drawn at random: the loss, coloured by size, the learning rate, the sizes.
+
+    history: dicts with `step`, `phase` ("prune" and "tune", or "train"), `loss`, `lambda` or `learning_rate`,
+      `size_ratio`; the last three may be missing or None. A step written again after a restart counts once, as
+      written last. Tune steps that count from their own start follow on the prune steps.
 
     Writes stem.png and stem.svg and returns their paths. Raises ValueError for no rows, or one without a step
     or with another phase.
@@ -424,6 +426,8 @@ def plot_history(history, stem):
     from matplotlib.figure import Figure
 
     rows = _timeline(history)
+    if rows[0]["phase"] == "train":
+        return _plot_nested(rows, stem)
     phases = [[row for row in rows if row["phase"] == phase] for phase in ("prune", "tune")]
     figure = Figure(figsize=(9, 7.4), layout="constrained")
     loss_axes, lambda_axes, size_axes = figure.subplots(3, sharex=True, height_ratios=(2, 1, 1))
@@ -472,11 +476,39 @@ def plot_history(history, stem):
     return _save(figure, stem)
 
 
+def _plot_nested(rows, stem):
+    """A nested run: losses can only be compared at like sizes, so that colour says the size."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7.4), layout="constrained")
+    loss_axes, rate_axes, size_axes = figure.subplots(3, sharex=True, height_ratios=(2, 1, 1))
+    loss_axes.set_xlim(rows[0]["position"] - 1, rows[-1]["position"] + 1)
+    drawn = [row for row in rows if row.get("size_ratio") is not None and math.isfinite(row.get("loss") or math.nan)]
+    sizes = [100 * row["size_ratio"] for row in drawn]
+    steps, losses = [row["position"] for row in drawn], [row["loss"] for row in drawn]
+    dots = loss_axes.scatter(steps, losses, c=sizes, cmap="viridis", s=14)
+    figure.colorbar(dots, ax=loss_axes, label="Size, %")
+    loss_axes.set_ylabel("Loss, nats/token")
+    steps, rates = _series(rows, "learning_rate")
+    rate_axes.plot(steps, rates, color=_COLOURS[2], linewidth=2, marker=_dot(steps))
+    rate_axes.set_ylabel("Learning rate")
+    size_axes.plot([row["position"] for row in drawn], sizes, ".", color=_COLOURS[1])
+    size_axes.set_ylim(0, 105)
+    size_axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    size_axes.set_ylabel("Size drawn")
+    size_axes.set_xlabel("Step")
+    size_axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.align_ylabels()
+    span = f", at sizes from {min(sizes):.0f} to {max(sizes):.0f} %" if sizes else ""
+    loss_axes.set_title(f"One set of factors trained in {_steps(rows)}{span}")
+    return _save(figure, stem)
+
+
 def _timeline(history):
     """The rows in order, once each, with a `position` on one step axis."""
     for number, row in enumerate(history):
-        if not isinstance(row.get("step"), int) or row.get("phase") not in ("prune", "tune"):
-            raise ValueError(f"history[{number}] must have an int step and a phase, prune or tune: {row}")
+        if not isinstance(row.get("step"), int) or row.get("phase") not in ("prune", "tune", "train"):
+            raise ValueError(f"history[{number}] must have an int step and a phase, prune, tune or train: {row}")
     latest = {(row["phase"], row["step"]): row for row in history}
     if not latest:
         raise ValueError("history is empty")

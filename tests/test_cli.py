@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from acip_kernels import cli
-from acip_kernels.compress import CompressionConfig
+from acip_kernels.compress import CompressionConfig, NestedConfig
 
+BATCHES = ("--batch-size", 2, "--length", 16)
 COMMANDS = ("compress", "materialize", "evaluate", "info", "plot", "demo")
 
 
@@ -42,7 +43,7 @@ def base(tmp_path_factory):
     pick = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, toys.VOCABULARY, (3000,), generator=pick).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{token}" for token in tokens))
-    options = ("--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, "--batch-size", 2, "--length", 16)
+    options = ("--recipe", "paper", "--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, *BATCHES)
     summary = as_json("compress", folder / "toy", "-d", folder / "text.txt", "-o", folder / "run", *options)
     return folder, summary
 
@@ -54,7 +55,7 @@ def test_compress_writes_elastic_history_and_plots(base):
     for path in [summary["elastic"], *summary["plots"]]:
         assert (folder / path).exists()
     # Resuming what is finished changes nothing.
-    options = ("--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, "--batch-size", 2, "--length", 16, "--resume")
+    options = ("--recipe", "paper", "--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, *BATCHES, "--resume")
     again = as_json("compress", folder / "toy", "-d", folder / "text.txt", "-o", folder / "run", *options)
     assert again == summary
 
@@ -65,7 +66,7 @@ def test_materialize_evaluate_info_and_plot(base, tmp_path):
     assert made["factorized"] <= 0.6 and made["size_ratio"] == 0.6
     assert "# toy, compressed with ACIP" in (tmp_path / "small" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert made["parameters"] == sum(p.numel() for p in model.parameters())
+    assert made["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
 
     result = as_json(
         *("evaluate", folder / "toy", summary["elastic"], tmp_path / "small", "-s", 1.0, "-s", 0.6),
@@ -101,7 +102,7 @@ def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_p
     AutoModelForCausalLM.from_pretrained(folder / "toy", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
     for file in (folder / "toy").glob("tokenizer*"):
         (tmp_path / "half" / file.name).write_bytes(file.read_bytes())
-    options = ("--steps", 1, "--length", 16, "--batch-size", 1, "--adapter-rank", 2, "--dtype", "float32")
+    options = ("--steps", 1, "--length", 16, "--batch-size", 1, "--dtype", "float32")
     summary = as_json("compress", tmp_path / "half", "-d", folder / "text.txt", "-o", tmp_path / "run", *options)
     as_json("materialize", summary["elastic"], "-s", 0.5, "-o", tmp_path / "small")
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -125,7 +126,8 @@ def test_help_of_every_command_shows_an_example():
 def test_compress_has_every_field_of_the_configuration():
     import dataclasses
 
-    assert set(cli._CONFIG_HELP) == {field.name for field in dataclasses.fields(CompressionConfig)}
+    fields = {field.name for kind in (CompressionConfig, NestedConfig) for field in dataclasses.fields(kind)}
+    assert {*cli._CONFIG_HELP, "steps", "method"} == fields
     shown = CliRunner().invoke(cli.app, ["compress", "--help"], env={"COLUMNS": "200"}).stdout
     for name in cli._CONFIG_HELP:
         assert f"--{name.replace('_', '-')}" in shown
@@ -143,7 +145,7 @@ def test_compress_has_every_field_of_the_configuration():
         (("evaluate", "{toy}", "-s", "0.5"), "none of the models is one"),
         (("compress", "{toy}", "-o", "{run}", "-d", "nowhere.txt", "--steps", "3"), "nowhere.txt"),
         (("compress", "{toy}", "-o", "{run}", "-d", "{text}", "--steps", "3", "--length", "16"), "resume it, or give"),
-        (("compress", "{toy}", "-o", "x", "-d", "{text}", "--stop-ratio", "3"), "stop_ratio"),
+        (("compress", "{toy}", "-o", "x", "-d", "{text}", "--recipe", "paper", "--stop-ratio", "3"), "stop_ratio"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_status_1(base, tmp_path, monkeypatch, capsys, arguments, message):
@@ -203,3 +205,36 @@ def test_demo_runs_on_any_model_and_text(base, tmp_path):
     # Interrupted and started again, it goes on with the same run.
     again = as_json(*arguments)
     assert [row["perplexity"] for row in again["rows"]] == [row["perplexity"] for row in rows]
+
+
+@pytest.mark.parametrize("method", cli.METHODS)
+def test_every_method_by_name(base, method, tmp_path):
+    folder, _ = base
+    steps = ("--steps", 3) if method in ("nested", "acip") else ()
+    options = ("--method", method, *steps, "--calibration-batches", 2, "--dtype", "float32", *BATCHES)
+    summary = as_json("compress", folder / "toy", "-d", folder / "text.txt", "-o", tmp_path / "run", *options)
+    assert summary["steps"] == {"nested": 3, "acip": 3}.get(method, 0) or method == "acip"
+    assert (summary["history"] is None) == (not steps)
+    about = as_json("materialize", summary["elastic"], "-s", 0.5, "-o", tmp_path / "half")
+    assert 0.4 < about["factorized"] <= 0.5
+    plain = as_json("materialize", summary["elastic"], "-s", 0.5, "-o", tmp_path / "two", "--forms", "factors")
+    assert 0.4 < plain["factorized"] <= 0.5
+    assert as_json("info", tmp_path / "half")["kind"] == "materialized"
+    assert as_json("plot", tmp_path / "half")["plots"] and as_json("plot", tmp_path / "run")["plots"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "guess"), "--method must be one of"),
+        (("--recipe", "old"), "--recipe must be best or paper"),
+        (("--recipe", "paper", "--method", "svd"), "--recipe paper is --method acip"),
+        (("--lambda-start", 0.1), "--method nested has no --lambda-start"),
+        (("--method", "svd", "--steps", 3), "trains nothing"),
+        (("--method", "asvd", "--allocation", "loss"), "allocation of asvd must be one of"),
+    ],
+)
+def test_options_that_do_not_fit_the_method(base, options, message, tmp_path):
+    folder, _ = base
+    with pytest.raises(ValueError, match=message):
+        acip("compress", folder / "toy", "-d", folder / "text.txt", "-o", tmp_path / "run", *options)
