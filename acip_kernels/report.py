@@ -245,8 +245,8 @@ def _short(value):
 
 
 def _look(method, methods):
-    """(colour, marker) of a method; ACIP and plain SVD look the same in every plot."""
-    order = ["acip", "svd", *(name for name in methods if name not in ("acip", "svd"))]
+    """(colour, marker) of a method; ours, ACIP and plain SVD look the same in every plot."""
+    order = ["nested", "acip", "svd", *(name for name in methods if name not in ("nested", "acip", "svd"))]
     number = order.index(method)
     return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
 

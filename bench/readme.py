@@ -1,8 +1,9 @@
 """Write the measured numbers into README.md and docs/training.md: `python -m bench.readme [runs/demo/summary.json]`.
 
 The README's are those of `make demo`; with a path, that summary is first stored under `bench/results/`, and its plots
-under `docs/`. The training page's are those of `bench.training_step` and its neighbours. So no
-number there is typed by hand; a test compares them with what this file makes of the stored results.
+under `docs/`. The training page's are those of `bench.training_step` and its neighbours, the quality page's those of
+`bench.quality`. So no number there is typed by hand; a test compares them with what this file makes of the stored
+results.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import sys
 
 from acip_kernels import files, report
 
-from . import training_parts, training_profile, training_routes, training_step
+from . import quality, training_parts, training_profile, training_routes, training_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README, TRAINING = ROOT / "README.md", ROOT / "docs" / "training.md"
+README, TRAINING, QUALITY = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "quality.md"
 RESULT = ROOT / "bench" / "results" / "demo.json"
 BEGIN, END = "<!-- made by bench/readme.py -->", "<!-- end -->"
 
@@ -27,8 +28,8 @@ def block(summary: dict) -> str:
     device, run, on = summary["device"], summary["run"], summary["perplexity_on"]
     lines = [
         report.markdown_table(summary["rows"]),
-        f"{summary['model']} on {summary['data']}, {run['steps']} pruning and {run['tune_steps']} tuning steps "
-        f"({run['tokens'] / 1000:.0f} k tokens in all) in the basis of the activations, adapters counted; "
+        f"{summary['model']} on {summary['data']}, ranked on {run['calibration_tokens'] / 1000:.0f} k tokens, "
+        f"trained in {run['steps']} steps at random sizes ({run['tokens'] / 1000:.0f} k tokens); "
         f"perplexity over {on['windows']} windows of {on['context']} tokens "
         f"spread over {on['tokens'] / 1000:.0f} k held-out ones. {device['device']}, {device['cores']} cores, "
         f"{device['dtype']}, torch {device['torch']}, transformers {device['transformers']}, {device['date'][:10]}; "
@@ -90,6 +91,36 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
     return "\n".join(parts)
 
 
+def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
+    """The quality page's section of measured numbers."""
+    stored = quality.read_results(results)
+    if not stored:
+        return "Not measured yet.\n"
+    setting, device = stored[0]["setting"], stored[0]["device"]
+    parts = [
+        f"SmolLM2-135M-Instruct, {device['device']}, float32, torch {device['torch']}, "
+        f"transformers {device['transformers']}. Windows of {setting['context']} tokens, {setting['windows']} of each "
+        f"text; all methods calibrated on the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what "
+        "is stored of the factorized layers, everything in them counted.\n"
+    ]
+    for text, name in (("wikipedia", "Wikipedia, held-out articles"), ("news", "Newswire, which no method has seen")):
+        parts.append(f"Perplexity on {name}:\n")
+        parts.append(quality.table(stored, text))
+    trained = [result for result in stored if result.get("seconds") and result["setting"]["training_tokens"]]
+    for result in trained:
+        minutes = result["seconds"] / 60
+        parts.append(f"`{result['method']}`, seed {result['seed']}: {minutes:.0f} minutes for ranking and training.\n")
+    trials = files.read_json(results.parent / "quality_trials.json")
+    parts.append(f"Trials before the recipe was chosen. {trials['about']}; dense {trials['dense']:.1f}.\n")
+    sizes = ("0.9", "0.8", "0.6", "0.4")
+    lines = [
+        [row["ranking"], row["training"], *(f"{row[size]:.1f}" if size in row else "–" for size in sizes)]
+        for row in trials["rows"]
+    ]
+    parts.append(training_step.markdown(["ranking", "training", *sizes], lines, left=2))
+    return "\n".join(parts)
+
+
 def memory_lines(by_size: dict, rows: list[dict]) -> str:
     """The formula's bytes beside the measured peak, which holds the whole model, its activations and PyTorch too."""
     peaks = {row["ratio"]: row["memory"]["peak_bytes"] for row in rows if row["variant"] == "ours" and row["memory"]}
@@ -131,8 +162,9 @@ def main(source: str | None = None) -> None:
         plots = pathlib.Path(source).parent / "plots"
         for name in ("perplexity", "history", "ranks-0.6"):
             shutil.copyfile(plots / f"{name}.svg", ROOT / "docs" / f"demo-{name}.svg")
-    for path, made in ((README, block(files.read_json(RESULT))), (TRAINING, training_block())):
-        files.write_text(path, with_block(path.read_text("utf-8"), made))
+    made = {README: block(files.read_json(RESULT)), TRAINING: training_block(), QUALITY: quality_block()}
+    for path, text in made.items():
+        files.write_text(path, with_block(path.read_text("utf-8"), text))
 
 
 if __name__ == "__main__":
