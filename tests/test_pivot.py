@@ -197,3 +197,40 @@ def test_what_does_not_fit_is_named():
             pivot_linear(*arguments)
     with pytest.raises(RuntimeError, match="'native' is not available"):
         pivot_linear(x, P, C, inverse, backend="native")
+
+
+@pytest.mark.network
+def test_every_layer_of_the_real_model():
+    """Pivoted, two factors and the dense product of the same ranks, in float64, float32 and bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    from acip_kernels import data
+    from acip_kernels.compress.factorize import cached_svd
+    from acip_kernels.models.targets import linear_layers
+
+    source = data.demo_model()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    x = torch.randn(4, 1536, generator=torch.Generator().manual_seed(0))
+    layers = linear_layers(model)[0]
+    assert len(layers) == 210
+    for name, layer in layers.items():
+        U, S, Vh = (factor.double() for factor in cached_svd(layer.weight.detach(), data.svd_cache(source)))
+        rank = len(S) // 3  # about half the size
+        left, right = U[:, :rank] * S[:rank], Vh[:rank]
+        dense = left @ right
+        P, C, pivots = pivot_form(left, right)
+        # The condition of C is bounded through its entries.
+        assert float(C.abs().max()) <= BOUND * (1 + 1e-9), name
+        sums = torch.cat([P.abs(), C.abs() @ P.abs()])
+        inputs = x[:, : layer.in_features].double()
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            pivoted = PivotLinear.from_parts(P.to(dtype), C.to(dtype), pivots)
+            error = (pivoted.effective_weight().detach().double() - dense).norm()
+            # P and C are rounded once each, by half a unit; in float64 what counts are the sums of ρ and out terms that
+            # made them, in a narrower one the float32 product of ρ terms that this test takes.
+            roundings = len(U) + rank if dtype == torch.float64 else 2 + rank * 2**-16
+            assert float(error) <= roundings * torch.finfo(dtype).eps * float(sums.norm()), (name, dtype)
+            if dtype == torch.float64:
+                close = 1e-9 * float(sums.norm())  # far above the bound before, times inputs of size five
+                torch.testing.assert_close(pivoted(inputs), (inputs @ right.t()) @ left.t(), rtol=0, atol=close)
+                torch.testing.assert_close(pivoted(inputs), inputs @ dense.t(), rtol=0, atol=close)
