@@ -99,7 +99,9 @@ class TrainingLoop:
         tensors = {f"random.{key}": value for key, value in random_state.items()} | self.tensors()
         for name, parameter in self.named_parameters().items():
             tensors[f"parameter.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            # After the last step nothing goes on from the optimizer's state.
+            state = {} if self.phase == "done" else self.optimizer.state.get(parameter, {})
+            for key, value in state.items():
                 tensors[f"{key}.{name}"] = value
         about = {
             "format_version": self.format_version,

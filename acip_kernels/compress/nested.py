@@ -232,6 +232,9 @@ class NestedTraining:
             if config.distillation:
                 nested.dense = layer.effective_weight(adapter=False).to(layer.U.dtype)
             self.layers[name] = nested
+            # Half of what the factors take, until `finish` makes them anew.
+            layer.uncompact()
+            layer.U = layer.Vh = None
         replace_modules(model, dict(zip(self.svd.values(), self.layers.values(), strict=True)))
         self.parameters = {
             f"{name}.{side}": getattr(layer, side) for name, layer in self.layers.items() for side in ("left", "right")
@@ -289,10 +292,11 @@ class NestedTraining:
     def finish(self) -> None:
         """`SVDLinear`s again, which hold the trained factors, and the scores that the run began with."""
         for name, layer in self.svd.items():
-            order = self.orders[name]
-            for tensor, trained in zip((layer.U.t(), layer.S, layer.Vh), self.layers[name].factors(), strict=True):
-                tensor[order] = trained.to(tensor.dtype)
-            layer.uncompact()
+            order, dtype = self.orders[name], self.layers[name].dtype
+            Ut, S, Vh = self.layers[name].factors()
+            layer.U, layer.Vh = torch.empty_like(Ut.t(), dtype=dtype), torch.empty_like(Vh, dtype=dtype)
+            layer.U[:, order], layer.S[order], layer.Vh[order] = Ut.t().to(dtype), S.to(layer.S.dtype), Vh.to(dtype)
+            layer.U = layer.U.contiguous()
         replace_modules(self.model, dict(zip(self.layers.values(), self.svd.values(), strict=True)))
         if self.checkpointing:
             self.model.gradient_checkpointing_disable()
