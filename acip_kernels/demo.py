@@ -25,7 +25,7 @@ HELD_OUT = 20
 CONTEXT, WINDOWS = 1024, 16
 BATCH, LENGTH = 1, 512
 # Of those batches, how many the basis and the ranking are taken from.
-CALIBRATION = 12
+CALIBRATION = 20
 
 
 def run_demo(

@@ -301,3 +301,8 @@ class NestedTraining:
         if self.checkpointing:
             self.model.gradient_checkpointing_disable()
         self.model.eval()
+        # The loss knows this object and it the loss: without this, all of it would stay until Python looks for cycles.
+        self.loss = None
+        self.optimizer.state.clear()
+        self.layers, self.parameters = {}, {}
+        self.optimizer.param_groups.clear()
