@@ -518,7 +518,7 @@ def demo(
     output: Annotated[
         pathlib.Path, typer.Option("--output", "-o", help="Directory for models, log and plots.")
     ] = pathlib.Path("runs/demo"),
-    steps: Annotated[int | None, typer.Option(help="Training steps; as many as fit the time if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Pruning steps; as many as fit the time if not given.")] = None,
     minutes: Annotated[float, typer.Option(help="Time that the whole demo may take.")] = 10.5,
     cache: Annotated[pathlib.Path | None, typer.Option(help="Where what is fetched is kept.")] = None,
     device: Device = "auto",

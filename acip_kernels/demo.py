@@ -10,12 +10,14 @@ import torch
 
 from . import data as texts
 from . import evaluate, files, report
-from .compress import NestedConfig, compress, materialize
+from .compress import CompressionConfig, compress, materialize
 from .compress.config import compute_dtype
 from .compress.factorize import factorize
 from .compress.scores import score_by_singular_values
 from .models.saving import checkpoint_dtype, save
 
+# Two factors: in plain PyTorch the pivoted form is slower.
+FORMS = ("dense", "factors")
 SIZES = (1.0, 0.8, 0.6, 0.4)
 PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
 SAMPLE_TOKENS = 24
@@ -24,8 +26,6 @@ HELD_OUT = 20
 # With these windows the dense SmolLM2-135M has 16.7.
 CONTEXT, WINDOWS = 1024, 16
 BATCH, LENGTH = 1, 512
-# Of those batches, how many the basis and the ranking are taken from.
-CALIBRATION = 20
 
 
 def run_demo(
@@ -34,7 +34,7 @@ def run_demo(
     """Compress a model, write it at every size of `SIZES`, and compare the sizes with each other and with plain SVD.
 
     model: hub name or directory; None for SmolLM2-135M. data: what `data.read_texts` takes; None for Wikipedia
-    articles. steps: training steps; None for as many as fit into `minutes`, by the speed of the first ones.
+    articles. steps: pruning steps; None for as many as fit into `minutes`, by the speed of the first ones.
 
     An interrupted demo goes on where it was. Returns the summary that it also writes to `output/summary.json`.
     """
@@ -76,29 +76,35 @@ def run_demo(
         with _phase(console, "Timing a step"):
             left = 60 * minutes - (time.monotonic() - started) - _seconds_afterwards(window_seconds)
             steps = _fitting_steps(dense, batches, left)
-    config = NestedConfig(
-        steps=steps,
-        calibration_batches=CALIBRATION,
-        smallest_ratio=0.9 * min(SIZES),
+    config = CompressionConfig.short(
+        steps,
+        # The adapters are counted in what is cut, not in the run: so that the smallest size is within the ranking.
+        0.95 * min(SIZES),
         dtype=str(wanted).removeprefix("torch."),
+        # What a run of minutes needs: a basis that knows the data, adapters that leave room for the factors, and, as it
+        # sees no text twice, no dropout.
+        basis="activations",
+        adapter_rank=8,
+        adapter_alpha=8.0,
+        adapter_dropout=0.0,
     )
     files.write_json(output / "run.json", {"steps": steps, "model": about_model, "config": config.to_dict()})
-    console.print(f"Ranking on {CALIBRATION} batches, then {steps} steps, of {batches.tokens_per_batch} tokens each")
+    console.print(f"Compressing in {steps} + {config.tune_steps} steps of {batches.tokens_per_batch} tokens")
     result = compress(dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source, cache))
 
     models = {}
     for size in SIZES:
-        name = f"nested-{size:g}"
-        with _counting(console, f"Compressed to {size:g}") as progress:
-            cut = materialize(result, size)
+        name = f"acip-{size:g}"
+        with _counting(console, f"ACIP at {size:g}") as progress:
+            cut = materialize(result, size, forms=FORMS)
             save(_as(cut, stored_dtype), output / name, tokenizer=tokenizer, base_model=source, overwrite=True)
             cut.to(wanted)
             rows.append(
-                evaluate.table_row(cut, "nested", tokens=test, directory=output / name, progress=progress, **windows)
+                evaluate.table_row(cut, "acip", tokens=test, directory=output / name, progress=progress, **windows)
             )
             samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS, SAMPLE_TOKENS)
             models[len(rows) - 1] = cut
-    cuts = {size: result.cut(size) for size in SIZES[1:]}
+    cuts = {size: result.cut(size, forms=FORMS) for size in SIZES[1:]}
     result.model.to(stored_dtype)
     result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
     del result, dense
@@ -109,7 +115,7 @@ def run_demo(
     score_by_singular_values(plain)
     for size in SIZES[1:]:
         with _counting(console, f"Plain SVD at {size:g}") as progress:
-            cut = materialize(plain, size)
+            cut = materialize(plain, size, forms=FORMS)
             rows.append(evaluate.table_row(cut, "svd", tokens=test, progress=progress, **windows))
             rows[-1]["file_bytes"] = _bytes_of(cut, stored_dtype)
     del plain, cut
@@ -134,8 +140,8 @@ def run_demo(
         "device": report.device_description(where) | {"dtype": str(wanted).removeprefix("torch.")},
         "run": {
             "steps": steps,
-            "tokens": steps * batches.tokens_per_batch,
-            "calibration_tokens": CALIBRATION * batches.tokens_per_batch,
+            "tune_steps": config.tune_steps,
+            "tokens": (steps + config.tune_steps) * batches.tokens_per_batch,
         },
         "perplexity_on": {"tokens": test.numel(), "context": context, "windows": WINDOWS},
         "rows": rows,
@@ -164,14 +170,12 @@ def _split(tokenizer, articles) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _seconds_afterwards(window_seconds: float) -> float:
-    """About how long all else takes: ranking, two decompositions, seven models' evaluation, five's speeds, files."""
-    # A batch of the ranking, half a window long: forward, backward, and the products of inputs and gradients.
-    ranking = CALIBRATION * 2.5 * window_seconds
-    return ranking + 7 * WINDOWS * 0.85 * window_seconds + 25 * window_seconds + 120
+    """About how long all else takes: the evaluation of seven models, the speeds of five, decompositions, files."""
+    return 7 * WINDOWS * 0.85 * window_seconds + 25 * window_seconds + 60
 
 
 def _fitting_steps(model, batches, seconds: float) -> int:
-    """How many training steps fit into `seconds`, going by a forward and a backward pass through the dense model."""
+    """How many pruning steps fit into `seconds`, going by a forward and a backward pass through the dense model."""
     batch = next(iter(batches))["input_ids"].to(model.device)
     times = []
     for _ in range(3):
@@ -179,8 +183,8 @@ def _fitting_steps(model, batches, seconds: float) -> int:
         model(input_ids=batch, labels=batch).loss.backward()
         model.zero_grad(set_to_none=True)
         times.append(time.monotonic() - start)
-    # A step is that, at an average size, and the dense model's forward pass, which teaches.
-    return max(16, min(400, int(seconds / (1.4 * min(times)))))
+    # A full-rank ACIP step costs about as much; pruned ranks make it cheaper, and tuning adds a quarter of the steps.
+    return max(16, min(400, int(seconds / (1.25 * 0.9 * min(times)))))
 
 
 def _as(model, dtype):

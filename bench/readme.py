@@ -28,8 +28,8 @@ def block(summary: dict) -> str:
     device, run, on = summary["device"], summary["run"], summary["perplexity_on"]
     lines = [
         report.markdown_table(summary["rows"]),
-        f"{summary['model']} on {summary['data']}, ranked on {run['calibration_tokens'] / 1000:.0f} k tokens, "
-        f"trained in {run['steps']} steps at random sizes ({run['tokens'] / 1000:.0f} k tokens); "
+        f"{summary['model']} on {summary['data']}, {run['steps']} pruning and {run['tune_steps']} tuning steps "
+        f"({run['tokens'] / 1000:.0f} k tokens in all) in the basis of the activations, adapters counted; "
         f"perplexity over {on['windows']} windows of {on['context']} tokens "
         f"spread over {on['tokens'] / 1000:.0f} k held-out ones. {device['device']}, {device['cores']} cores, "
         f"{device['dtype']}, torch {device['torch']}, transformers {device['transformers']}, {device['date'][:10]}; "

@@ -31,11 +31,11 @@ def test_its_result_shows_what_the_demo_must():
     rows = {(row["method"], row["size_ratio"]): row for row in summary["rows"]}
     assert abs(rows["dense", 1.0]["perplexity"] - 16.7) < 0.1
     for size in (0.8, 0.6, 0.4):
-        nested, svd = rows["nested", size], rows["svd", size]
-        assert nested["perplexity"] < svd["perplexity"]
+        acip, svd = rows["acip", size], rows["svd", size]
+        assert acip["perplexity"] < svd["perplexity"]
         # At the same size: within a rank.
-        assert abs(nested["factorized"] - svd["factorized"]) < 1e-3
-        assert nested["factorized"] <= size
+        assert abs(acip["factorized"] - svd["factorized"]) < 1e-3
+        assert acip["factorized"] <= size
     assert summary["seconds"] < 12 * 60
     assert summary["peak_memory_bytes"] < 6e9
 
