@@ -240,6 +240,11 @@ def compress(
     from .models.saving import checkpoint_dtype
 
     settings = _configuration(method, recipe, steps, config)
+    if compact and not settings.rebuilds:
+        raise ValueError(
+            "--compact keeps scores and adapters alone, and the base model does not give this method's factors again: "
+            "leave it out, or take --recipe paper or --method svd"
+        )
     loaded, tokenizer = _load(model, device, settings.dtype)
     stored_dtype = checkpoint_dtype(model)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
@@ -252,7 +257,9 @@ def compress(
     target = output / "elastic"
     result.save(target, compact=compact, tokenizer=tokenizer, base_model=model, overwrite=True)
     plots = list(report.plot_history(result.history, output / "plots" / "history")) if result.history else []
-    plots += report.plot_ranks(_ranks(result.cut(settings.stop_ratio, adapters="drop")), output / "plots" / "ranks")
+    plots += report.plot_ranks(
+        _ranks(result.cut(settings.stop_ratio, adapters="drop", forms=settings.forms)), output / "plots" / "ranks"
+    )
     _print(
         {
             "elastic": str(target),
@@ -497,7 +504,10 @@ def plot(
             result = CompressionResult.load(checkpoint)
             ratio = size_ratio or (result.config.stop_ratio if result.config else 0.5)
             # As in the run, where the adapters were not yet ranks.
-            written += report.plot_ranks(_ranks(result.cut(ratio, adapters="drop")), target / f"ranks-{ratio:g}")
+            written += report.plot_ranks(
+                _ranks(result.cut(ratio, adapters="drop", **({"forms": result.config.forms} if result.config else {}))),
+                target / f"ranks-{ratio:g}",
+            )
         elif (checkpoint / "config.json").exists():
             acip = files.read_json(checkpoint / "config.json").get("quantization_config", {})
             if acip.get("ranks"):

@@ -94,14 +94,32 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
 def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
     """The quality page's section of measured numbers."""
     stored = quality.read_results(results)
-    if not stored:
-        return "Not measured yet.\n"
+    parts = quality_tables(stored) if stored else ["The benchmark: not measured yet.\n"]
+    trials = files.read_json(results.parent / "quality_trials.json")
+    device = trials["device"]
+    parts.append(
+        f"Trials before the recipe was chosen. {trials['about']}; dense {trials['dense']:.1f}. {device['device']}, "
+        f"{device['cores']} cores, {device['dtype']}, torch {device['torch']}, transformers {device['transformers']}, "
+        f"{device['date']}.\n"
+    )
+    sizes = ("0.9", "0.8", "0.6", "0.4")
+    lines = [
+        [row["ranking"], row["training"], *(f"{row[size]:.1f}" if size in row else "–" for size in sizes)]
+        for row in trials["rows"]
+    ]
+    parts.append(training_step.markdown(["ranking", "training", *sizes], lines, left=2))
+    return "\n".join(parts)
+
+
+def quality_tables(stored: list[dict]) -> list[str]:
+    """What `bench.quality` has measured."""
     setting, device = stored[0]["setting"], stored[0]["device"]
     parts = [
         f"SmolLM2-135M-Instruct, {device['device']}, float32, torch {device['torch']}, "
-        f"transformers {device['transformers']}. Windows of {setting['context']} tokens, {setting['windows']} of each "
-        f"text; all methods calibrated on the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what "
-        "is stored of the factorized layers, everything in them counted.\n"
+        f"transformers {device['transformers']}, {device['date'][:10]}. "
+        f"Windows of {setting['context']} tokens, {setting['windows']} of each text; all methods calibrated on the same "
+        f"{setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what is stored of the factorized layers, "
+        "everything in them counted.\n"
     ]
     for text, name in (("wikipedia", "Wikipedia, held-out articles"), ("news", "Newswire, which no method has seen")):
         parts.append(f"Perplexity on {name}:\n")
@@ -110,15 +128,7 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
     for result in trained:
         minutes = result["seconds"] / 60
         parts.append(f"`{result['method']}`, seed {result['seed']}: {minutes:.0f} minutes for ranking and training.\n")
-    trials = files.read_json(results.parent / "quality_trials.json")
-    parts.append(f"Trials before the recipe was chosen. {trials['about']}; dense {trials['dense']:.1f}.\n")
-    sizes = ("0.9", "0.8", "0.6", "0.4")
-    lines = [
-        [row["ranking"], row["training"], *(f"{row[size]:.1f}" if size in row else "–" for size in sizes)]
-        for row in trials["rows"]
-    ]
-    parts.append(training_step.markdown(["ranking", "training", *sizes], lines, left=2))
-    return "\n".join(parts)
+    return parts
 
 
 def memory_lines(by_size: dict, rows: list[dict]) -> str:

@@ -231,6 +231,7 @@ def test_every_method_by_name(base, method, tmp_path):
         (("--recipe", "paper", "--method", "svd"), "--recipe paper is --method acip"),
         (("--lambda-start", 0.1), "--method nested has no --lambda-start"),
         (("--method", "svd", "--steps", 3), "trains nothing"),
+        (("--compact",), "--compact keeps scores and adapters alone"),
         (("--method", "asvd", "--allocation", "loss"), "allocation of asvd must be one of"),
     ],
 )

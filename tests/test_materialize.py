@@ -417,3 +417,27 @@ def test_scores_that_are_no_numbers_are_named():
 def test_a_dense_model_is_no_result():
     with pytest.raises(ValueError, match="factorize it first"):
         materialize(toys.llama(), 0.5)
+
+
+@pytest.mark.parametrize("forms", [("dense", "factors"), ("dense", "factors", "pivoted")])
+@pytest.mark.parametrize("count", COUNTS)
+def test_ranks_at_are_those_of_the_cut(results, forms, count):
+    for result in results.values():
+        sizing = Sizing.of(result.model, forms=forms)
+        removal = sizing.removal(result.scores)
+        for size_ratio in (1.0, 0.9, 0.7, 0.55):
+            live = sizing.cut(result.scores, size_ratio, count)
+            assert sizing.ranks_at(removal, size_ratio, count).tolist() == [int(kept.sum()) for kept in live.values()]
+
+
+def test_a_run_stops_by_the_forms_that_it_is_told():
+    """By default the paper's two; each run has stopped as soon as its own count allows."""
+    batches = [{"input_ids": toys.token_ids()}]
+    for forms in (("dense", "factors"), ("dense", "factors", "pivoted")):
+        options = {} if len(forms) == 2 else {"forms": forms}
+        config = acip_kernels.CompressionConfig.short(6, 0.5, adapter_rank=0, dtype="float32", **options)
+        assert config.forms == forms
+        result = acip_kernels.compress(toys.llama(), batches, config, progress=False)
+        ranks = torch.stack([layer.live.sum() for layer in svd_layers(result.model).values()])
+        sizing = Sizing.of(result.model, adapters=False, forms=forms)
+        assert result.size_ratio == sizing.ratio(ranks) <= 0.5 < sizing.ratio(ranks + 1)

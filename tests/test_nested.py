@@ -1,6 +1,5 @@
 """Training at sizes drawn at random: gradients, determinism, resuming, and what the result then is."""
 
-import copy
 import json
 import math
 import sys
@@ -96,18 +95,17 @@ def test_balanced_factors_are_the_same_product():
 
 @pytest.mark.parametrize("name", toys.MODELS)
 def test_every_kind_of_model(name):
-    model = toys.MODELS[name]()
-    dense = copy.deepcopy(model)
-    result = run(model, learning_rate=1e-9, steps=2)
-    # With next to no learning rate the factors are those of the weights, in a basis of the data's.
+    ranked = RankingConfig(calibration_batches=4, dtype="float32")
+    before = svd_layers(compress(toys.MODELS[name](), BATCHES, ranked, progress=False).model)
+    result = run(toys.MODELS[name](), learning_rate=1e-9, steps=2)
+    # With next to no learning rate the factors are the ranking's, rounded on the way to two equal norms and back.
     for layer_name, layer in svd_layers(result.model).items():
-        old = dense.get_submodule(layer_name)
-        weight = old.weight.t() if layer.source_type == "Conv1D" else old.weight
-        # Through a Cholesky factor and its inverse: the condition of either covariance, damped to 1e-5, at most.
-        torch.testing.assert_close(
-            layer.effective_weight(), weight.detach(), rtol=0, atol=2e-3 * float(weight.abs().max())
-        )
-        assert bool((layer.scores > 0).all())
+        old = before[layer_name]
+        assert torch.equal(layer.scores, old.scores) and bool((layer.scores > 0).all())
+        sums = (old.U.abs() * old.S) @ old.Vh.abs()
+        # Some six roundings of every factor, and the sum of k terms; two steps of 1e-9 on either factor.
+        atol = (6 + layer.full_rank) * torch.finfo(torch.float32).eps * float(sums.max()) + 1e-6
+        torch.testing.assert_close(layer.effective_weight(), old.effective_weight(), rtol=0, atol=atol)
     # What is small is close at size one, and every size is a model.
     for size in (1.0, 0.7, 0.3):
         small = materialize(result, size)

@@ -11,6 +11,9 @@ from ..plan import ROUTES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16, "float64": torch.float64}
 
+# How a layer may be stored (ACIP.md section 4): one matrix, two factors, or pivot rows and what combines them.
+FORMS = ("dense", "factors", "pivoted")
+
 
 @dataclasses.dataclass(frozen=True)
 class CompressionConfig:
@@ -31,6 +34,9 @@ class CompressionConfig:
             `lambda_growth` every `lambda_every` steps.
         max_prune_steps: at this step what is still too large is cut at once, lowest masks first. None: prune on
             until λ has done it.
+
+        forms: how layers will be stored, which is how the size ratio counts them. The paper's two; with "pivoted" as
+            well a run stops, and its cuts are made, by that form's smaller size.
 
     The tuning phase:
         tune_steps: steps with the masks frozen, on the task loss alone. tune_learning_rate: None for
@@ -66,6 +72,7 @@ class CompressionConfig:
     lambda_every: int = 4
     stop_ratio: float = 0.4
     max_prune_steps: int | None = None
+    forms: tuple[str, ...] = ("dense", "factors")
 
     tune_steps: int = 1000
     tune_learning_rate: float | None = None
@@ -82,7 +89,7 @@ class CompressionConfig:
 
     def __post_init__(self):
         # Lists come from JSON and from users; a frozen run's constants are tuples.
-        for name in ("targets", "exclude", "betas"):
+        for name in ("targets", "exclude", "betas", "forms"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -111,6 +118,7 @@ class CompressionConfig:
                 raise ValueError(f"{name} must be an int of at least {low}, got {value!r}")
         if self.route not in ("auto", *ROUTES):
             raise ValueError(f"route must be 'auto' or one of {', '.join(ROUTES)}, got {self.route!r}")
+        object.__setattr__(self, "forms", check_forms(self.forms))
         if self.basis not in ("weights", "activations"):
             raise ValueError(f"basis must be 'weights' or 'activations', got {self.basis!r}")
         if not self.lambda_growth >= 1:
@@ -176,6 +184,15 @@ def known_fields(cls, fields: dict) -> dict:
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
     return fields
+
+
+def check_forms(forms) -> tuple[str, ...]:
+    """`forms` as a tuple. Raises `ValueError` for one that does not exist."""
+    forms = (forms,) if isinstance(forms, str) else tuple(forms)
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms:
+        raise ValueError(f"forms must be some of {', '.join(FORMS)}, got {', '.join(map(repr, unknown)) or 'none'}")
+    return forms
 
 
 def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -224,10 +224,11 @@ class NestedTraining:
         self.device = next(iter(self.svd.values())).U.device
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.orders, self.scores, self.layers = {}, {}, {}
+        self.orders, self.layers = {}, {}
+        self.removal = sizing.removal({name: layer.scores for name, layer in self.svd.items()})
         for name, layer in self.svd.items():
             order = layer.scores.sort(descending=True, stable=True).indices
-            self.orders[name], self.scores[name] = order, layer.scores[order].cpu()
+            self.orders[name] = order
             nested = NestedLinear(layer.U[:, order], layer.S[order], layer.Vh[order], layer.bias)
             if config.distillation:
                 nested.dense = layer.effective_weight(adapter=False).to(layer.U.dtype)
@@ -266,9 +267,9 @@ class NestedTraining:
 
     def set_size(self, ratio: float) -> None:
         """The ranks of the model of size `ratio`; a layer keeps at least one."""
-        live = self.sizing.cut(self.scores, ratio)
-        for name, layer in self.layers.items():
-            layer.rank = max(1, int(live[name].sum()))
+        ranks = self.sizing.ranks_at(self.removal, ratio).tolist()
+        for layer, rank in zip(self.layers.values(), ranks, strict=True):
+            layer.rank = max(1, rank)
 
     def __call__(self, batches: list[dict], ratios: list[float], rate: float) -> tuple[float, float]:
         """The loss, averaged over the batches, and the norm of the gradient; not finite if nothing was changed."""

@@ -106,7 +106,7 @@ class ACIPRun(TrainingLoop):
         if quantizer.is_transformers(self.model):
             quantizer.attach_factorized(self.model)
         self.layers = svd_layers(self.model)
-        self.sizing = Sizing.of(self.model, adapters=False)
+        self.sizing = Sizing.of(self.model, adapters=False, forms=config.forms)
         self.training = TrainingStep(self.model, config)
         self.map, self.optimizer = self.training.map, self.training.optimizer
         if config.gradient_checkpointing:

@@ -8,11 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SVDLinear
+from .config import FORMS, check_forms
 from .factorize import svd_layers
 
 COUNTS = ("factorized", "stored")
-# How a layer may be stored (ACIP.md section 4): one matrix, two factors, or pivot rows and what combines them.
-FORMS = ("dense", "factors", "pivoted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Removal:
+    """The order in which entries are pruned.
+
+    order: of the flat entries, the first to go first. layer, saved: in that order, the layer of each, and what is saved
+    once it has gone. places: each entry's place within its layer, from the best. All int64 `[entries]`.
+    """
+
+    order: Tensor
+    places: Tensor
+    layer: Tensor
+    saved: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +143,24 @@ class Sizing:
         Raises `ValueError` for a target outside (0, 1] or below `smallest`, and for scores of a wrong shape or
         that are NaN.
         """
-        check_size_ratio(size_ratio)
+        removal = self.removal(scores)
+        pruned = self._pruned(removal, size_ratio, count)
+        live = torch.ones(len(removal.order), dtype=torch.bool)
+        live[removal.order[:pruned]] = False
+        ranks = torch.stack([part.sum() for part in live.split(self.full_rank.tolist())])
+        if self.rank_multiple > 1:
+            # Rounding up is not padding: the best of what was pruned comes back, at no byte more.
+            room = torch.minimum(self.ranks_stored(ranks) - self.adapter_rank, self.full_rank)
+            live = removal.places < room.repeat_interleave(self.full_rank)
+        return dict(zip(self.names, live.split(self.full_rank.tolist()), strict=True))
+
+    def ranks_at(self, removal: Removal, size_ratio: float, count: str = "factorized") -> Tensor:
+        """Live ranks of `cut` at `size_ratio`, int64 `[layers]`, for who cuts by the same scores again and again."""
+        gone = torch.bincount(removal.layer[: self._pruned(removal, size_ratio, count)], minlength=len(self.names))
+        return self.full_rank - gone
+
+    def removal(self, scores: dict[str, Tensor]) -> Removal:
+        """The order in which the entries of all layers go."""
         flat, layer = self._flatten(scores)
         # Every entry's place within its layer, from the best.
         places = torch.empty_like(layer)
@@ -147,31 +177,26 @@ class Sizing:
         left_before = places[order] + 1
         layer = layer[order]
         saved = self.parameters(left_before, layer) - self.parameters(left_before - 1, layer)
-        total = int(self.parameters(self.full_rank).sum())
+        return Removal(order, places, layer, saved.cumsum(0))
+
+    def _pruned(self, removal: Removal, size_ratio: float, count: str) -> int:
+        """How many entries go for `size_ratio`."""
+        check_size_ratio(size_ratio)
         others = self._others(count)
         # The most that can be stored such that `ratio` is not above the target, to the last bit.
         whole = int(self.dense.sum()) + others
         budget = int(size_ratio * whole) + 1
         while budget / whole > size_ratio:
             budget -= 1
-        excess = total - (budget - others)
-        pruned = 0
-        if excess > 0:
-            cumulative = saved.cumsum(0)
-            pruned = int(torch.searchsorted(cumulative, excess)) + 1
-            if int(cumulative[-1]) < excess:
-                raise ValueError(
-                    f"size_ratio {size_ratio} ({count}) cannot be reached: with nothing left but adapters it is "
-                    f"{self.smallest(count):.4f}; a larger target, or adapters='truncate' or 'drop'"
-                )
-        live = torch.ones_like(flat, dtype=torch.bool)
-        live[order[:pruned]] = False
-        ranks = torch.stack([part.sum() for part in live.split(self.full_rank.tolist())])
-        if self.rank_multiple > 1:
-            # Rounding up is not padding: the best of what was pruned comes back, at no byte more.
-            room = torch.minimum(self.ranks_stored(ranks) - self.adapter_rank, self.full_rank)
-            live = places < room.repeat_interleave(self.full_rank)
-        return dict(zip(self.names, live.split(self.full_rank.tolist()), strict=True))
+        excess = int(self.parameters(self.full_rank).sum()) - (budget - others)
+        if excess <= 0:
+            return 0
+        if int(removal.saved[-1]) < excess:
+            raise ValueError(
+                f"size_ratio {size_ratio} ({count}) cannot be reached: with nothing left but adapters it is "
+                f"{self.smallest(count):.4f}; a larger target, or adapters='truncate' or 'drop'"
+            )
+        return int(torch.searchsorted(removal.saved, excess)) + 1
 
     def _others(self, count: str) -> int:
         if count not in COUNTS:
@@ -189,15 +214,6 @@ class Sizing:
             bad = next(name for name in self.names if bool(scores[name].isnan().any()))
             raise ValueError(f"scores[{bad!r}] holds NaN")
         return flat, torch.arange(len(self.names)).repeat_interleave(self.full_rank)
-
-
-def check_forms(forms) -> tuple[str, ...]:
-    """`forms` as a tuple. Raises `ValueError` for one that does not exist."""
-    forms = (forms,) if isinstance(forms, str) else tuple(forms)
-    unknown = [form for form in forms if form not in FORMS]
-    if unknown or not forms:
-        raise ValueError(f"forms must be some of {', '.join(FORMS)}, got {', '.join(map(repr, unknown)) or 'none'}")
-    return forms
 
 
 def check_size_ratio(size_ratio: float) -> None:
