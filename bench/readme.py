@@ -118,8 +118,8 @@ def quality_tables(stored: list[dict]) -> list[str]:
         f"SmolLM2-135M-Instruct, {device['device']}, float32, torch {device['torch']}, "
         f"transformers {device['transformers']}, {device['date'][:10]}. "
         f"Windows of {setting['context']} tokens, {setting['windows']} of each text; all methods calibrated on "
-        f"the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what is stored of the factorized layers, "
-        "everything in them counted.\n"
+        f"the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what is stored of the factorized "
+        "layers, everything in them counted.\n"
     ]
     for text, name in (("wikipedia", "Wikipedia, held-out articles"), ("news", "Newswire, which no method has seen")):
         parts.append(f"Perplexity on {name}:\n")
