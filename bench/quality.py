@@ -23,6 +23,7 @@ from rich.console import Console
 
 from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, compress, evaluate, files, materialize, report
 from acip_kernels import data as texts
+from acip_kernels.compress.config import compute_dtype
 from acip_kernels.compress.result import CompressionResult
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -91,7 +92,10 @@ def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, 
     missing = [size for size in sizes if all(row["size_ratio"] != size for row in result["rows"])]
     if not missing:
         return
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    # As every method computes: in bfloat16 where the processor multiplies it natively.
+    dtype = compute_dtype("auto", torch.device("cpu"))
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    result["device"]["dtype"] = str(dtype).removeprefix("torch.")
     compressed = None
     if config is not None:
         output, elastic = work / f"{method}-{seed}", work / f"{method}-{seed}" / "elastic"

@@ -115,7 +115,7 @@ def quality_tables(stored: list[dict]) -> list[str]:
     """What `bench.quality` has measured."""
     setting, device = stored[0]["setting"], stored[0]["device"]
     parts = [
-        f"SmolLM2-135M-Instruct, {device['device']}, float32, torch {device['torch']}, "
+        f"SmolLM2-135M-Instruct, {device['device']}, {device['dtype']}, torch {device['torch']}, "
         f"transformers {device['transformers']}, {device['date'][:10]}. "
         f"Windows of {setting['context']} tokens, {setting['windows']} of each text; all methods calibrated on "
         f"the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what is stored of the factorized "

@@ -48,7 +48,7 @@ class NestedConfig(RankingConfig):
 
     steps: int = 400
     distillation: float = 0.5
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     warmup_steps: int = 10
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -117,12 +117,7 @@ class RankingRun(TrainingLoop):
             self.model, self.batches, self.config, svd_cache=self.svd_cache, counting=self.bar.counting
         )
         if path is not None and self.first_phase != "done":
-            tensors = {
-                f"{name}.{key}": getattr(layer, key).contiguous()
-                for name, layer in svd_layers(self.model).items()
-                for key in ("U", "S", "Vh", "scores")
-            }
-            files.write_tensors(path, tensors)
+            files.write_tensors(path, ranking_tensors(self.model))
 
     def ratio(self) -> float:
         return 1.0
@@ -200,8 +195,17 @@ class NestedRun(RankingRun):
         return self.training.parameters
 
 
+def ranking_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`{layer.U, layer.S, layer.Vh, layer.scores}` of a model's `SVDLinear`s, which `put_factors` takes back."""
+    return {
+        f"{name}.{key}": getattr(layer, key).contiguous()
+        for name, layer in svd_layers(model).items()
+        for key in ("U", "S", "Vh", "scores")
+    }
+
+
 def put_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """`SVDLinear`s of `{layer.U, layer.S, layer.Vh, layer.scores}` in the place of the model's layers."""
+    """`SVDLinear`s of `ranking_tensors` in the place of the model's layers."""
     layers, replacements = linear_layers(model)[0], {}
     for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         old = layers[name]

@@ -1,0 +1,95 @@
+"""Trials of the nested recipe on validation text: `python -m bench.quality_search --name rate-3e-4 learning_rate=3e-4`.
+
+What `NestedConfig`'s defaults were chosen by. SmolLM2-135M, trained on all Wikipedia articles but the last 40, judged on
+the 20 before the test articles of `bench.quality`, which no trial sees. A trial is stored under its name in
+`bench/results/quality_search.json`; one that is there already is not made again.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import time
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from acip_kernels import NestedConfig, compress, evaluate, files, materialize, report
+from acip_kernels import data as texts
+from acip_kernels.compress.config import compute_dtype
+from acip_kernels.compress.methods import rank_singular_values
+from acip_kernels.compress.nested import put_factors, ranking_tensors
+
+from .quality import CALIBRATION_BATCHES, CONTEXT, HELD_OUT, LENGTH, ROOT
+
+RESULTS = ROOT / "bench" / "results" / "quality_search.json"
+SIZES = (1.0, 0.8, 0.6, 0.4)
+WINDOWS = 8
+
+console = Console(stderr=True)
+
+
+def trial(changes: dict, work: pathlib.Path) -> dict:
+    """One run with `changes` to the configuration, and its perplexities."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(texts.demo_model(log=console.print))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    articles = texts.demo_texts(log=console.print)
+    training = texts.tokenize(tokenizer, articles[: -2 * HELD_OUT])
+    judged = texts.tokenize(tokenizer, articles[-2 * HELD_OUT : -HELD_OUT])
+    config = NestedConfig(**{"calibration_batches": CALIBRATION_BATCHES, **changes})
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(config.dtype, torch.device("cpu"))).eval()
+    batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=config.seed)
+    # Trials that rank alike share the ranking.
+    ranking = work / f"{config.method}-{config.allocation}-{config.calibration_batches}-{config.seed}.safetensors"
+    if not ranking.exists():
+        rank_singular_values(model, batches, config, svd_cache=texts.svd_cache(source))
+        files.write_tensors(ranking, ranking_tensors(model))
+    else:
+        put_factors(model, files.read_tensors(ranking))
+    started = time.monotonic()
+    result = compress(model, batches, config)
+    seconds = time.monotonic() - started
+    row = {
+        "changes": changes,
+        "training_tokens": config.steps * config.gradient_accumulation * LENGTH,
+        "seconds": round(seconds, 1),
+        "loss": sum(step["loss"] for step in result.history[-20:]) / 20,
+        "device": report.device_description(),
+        "perplexity": {},
+    }
+    for size in SIZES:
+        cut = materialize(result, size, forms=config.forms)
+        value = evaluate.perplexity(cut, judged, context=CONTEXT, max_windows=WINDOWS).value
+        row["perplexity"][f"{size:g}"] = round(value, 3)
+    return row
+
+
+def main(
+    changes: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE of NestedConfig.")] = None,
+    name: Annotated[str, typer.Option(help="Of the trial, in the results file.")] = "default",
+    work: Annotated[pathlib.Path, typer.Option(help="Where rankings are kept.")] = ROOT / "runs" / "quality-search",
+):
+    """One trial of the nested recipe."""
+    results = files.read_json(RESULTS) if RESULTS.exists() else {}
+    if name not in results:
+        fields = dict(change.split("=", 1) for change in changes or [])
+        row = trial({key: _value(value) for key, value in fields.items()}, work)
+        results = files.read_json(RESULTS) if RESULTS.exists() else {}
+        files.write_json(RESULTS, results | {name: row})
+        results[name] = row
+    console.print(name, results[name]["perplexity"], results[name]["seconds"], "s")
+
+
+def _value(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+if __name__ == "__main__":
+    typer.run(main)
