@@ -181,7 +181,11 @@ def test_compiled_forward_and_backward(fresh_compiler, leading, layout):
     problem = make_problem(leading)
     tensors = [operators.LAYOUTS[layout](tensor) for tensor in arguments(problem)]
     compiled = torch.compile(lowrank_linear, fullgraph=True, backend="aot_eager")
-    assert_identical(run(compiled, tensors, problem.g), run(lowrank_linear, tensors, problem.g))
+    # Within the bounds, not to the bit: the compiler may change strides, and a product of other strides may sum in
+    # another order.
+    exact, bounds = oracle(problem), operators.bounds(problem, problem.s)
+    for name, result in zip(("y", *NAMES), run(compiled, tensors, problem.g)):
+        assert_within(bounds[name], result, exact[name], name)
 
 
 def test_compiled_by_inductor(fresh_compiler):
