@@ -1,7 +1,7 @@
 """Trials of the nested recipe on validation text: `python -m bench.quality_search --name NAME learning_rate=3e-4`.
 
-What `NestedConfig`'s defaults were chosen by. SmolLM2-135M, trained on all Wikipedia articles but the last 40, judged on
-the 20 before the test articles of `bench.quality`, which no trial sees. A trial is stored under its name in
+What `NestedConfig`'s defaults were chosen by. SmolLM2-135M, trained on all Wikipedia articles but the last 40, judged
+on the 20 before the test articles of `bench.quality`, which no trial sees. A trial is stored under its name in
 `bench/results/quality_search.json`; one that is there already is not made again.
 """
 

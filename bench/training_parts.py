@@ -18,6 +18,7 @@ import typer
 
 from acip_kernels import SVDLinear, files, report
 from acip_kernels.ops import common, dropout, extension, linear_cross_entropy
+from acip_kernels.ops.causal_attention.op import causal_attention
 
 from .training_step import markdown, result_path
 
@@ -59,6 +60,27 @@ def loss(chunk: int | None) -> Callable:
             linear_cross_entropy(x, weight, labels, chunk_tokens=chunk).backward()
 
     return run
+
+
+def attention(function: Callable, dtype: torch.dtype) -> Callable:
+    """Forward and backward pass of one of SmolLM2-135M's attentions, 2 × 512 tokens."""
+    q, k, v = (torch.randn(2, 512, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (9, 3, 3))
+    g = torch.randn(2, 9, 512, 64, dtype=dtype)
+    return lambda: torch.autograd.grad(function(q, k, v), (q, k, v), g)
+
+
+def torchs_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def attentions(dtype: torch.dtype) -> dict[str, Callable]:
+    ours = {
+        f"ours, {block} queries at a time": attention(
+            lambda q, k, v, b=block: causal_attention(q, k, v, block=b), dtype
+        )
+        for block in (128, 64, 256, 512)
+    }
+    return ours | {"torch's": attention(torchs_attention, dtype)}
 
 
 def compaction() -> Callable:
@@ -114,6 +136,10 @@ def measure(rounds: int) -> list[dict]:
         ("bfloat16 product 1024 × 576 × 576", "ours", {
             "ours": lambda: common.product(a, b), "torch's": lambda: a @ b}),
     ]  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        if common.multiplies_natively(dtype):
+            name = f"attention of 2 × 512 tokens, 9 heads, {str(dtype).removeprefix('torch.')}"
+            choices.append((name, "ours, 128 queries at a time", attentions(dtype)))
     if extension.available():
         choices.append(("mask gradient and h ⊙ s, 1024 × 576", "native", {
             "native": lambda: torch.ops.acip.mask_gradient_(z, h, s), "torch's": in_torch}))  # fmt: skip

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <string>
 
 #include "acip/training.h"
@@ -115,6 +116,45 @@ Tensor cross_entropy_(Tensor logits, const Tensor& labels, int64_t ignore, doubl
     return loss;
 }
 
+// What both softmax kernels take: [batch, rows, keys], the rows of a batch a multiple of `block`.
+void check_scores(const Tensor& scores, int64_t block, const char* name) {
+    TORCH_CHECK(scores.device().is_cpu() && scores.dim() == 3 && scores.is_contiguous(), name,
+                " must be contiguous [batch, rows, keys] on the CPU");
+    TORCH_CHECK(block > 0 && scores.size(1) % block == 0 && block <= scores.size(2), "block ", block,
+                " must divide the rows and not exceed the keys of ", name, " ", scores.sizes());
+}
+
+// scores become probabilities; returns the logarithms of the sums, or takes them.
+Tensor causal_softmax_(Tensor scores, int64_t block, double scale, const std::optional<Tensor>& log_sums) {
+    check_scores(scores, block, "scores");
+    auto dtype = dtype_of(scores);
+    int64_t rows = scores.size(0) * scores.size(1), keys = scores.size(2);
+    Tensor sums = log_sums ? *log_sums
+                           : at::empty({scores.size(0), scores.size(1)}, scores.options().dtype(precise(scores)));
+    TORCH_CHECK(sums.is_contiguous() && sums.numel() == rows && sums.scalar_type() == precise(scores),
+                "log_sums must be contiguous, ", rows, " of ", precise(scores));
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / 8 / std::max<int64_t>(keys, 1)),
+                     [&](int64_t begin, int64_t end) {
+                         chosen->causal_softmax(dtype, scores.mutable_data_ptr(), keys, keys, block, scale,
+                                                sums.mutable_data_ptr(), log_sums.has_value(), begin, end);
+                     });
+    return sums;
+}
+
+void softmax_gradient_(Tensor dp, const Tensor& p, int64_t block, double scale) {
+    check_scores(dp, block, "dp");
+    TORCH_CHECK(p.device().is_cpu() && p.is_contiguous() && p.sizes() == dp.sizes() &&
+                    p.scalar_type() == dp.scalar_type(),
+                "p must be as dp");
+    auto dtype = dtype_of(dp);
+    int64_t rows = dp.size(0) * dp.size(1), keys = dp.size(2);
+    at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / 4 / std::max<int64_t>(keys, 1)),
+                     [&](int64_t begin, int64_t end) {
+                         chosen->softmax_gradient(dtype, dp.mutable_data_ptr(), p.const_data_ptr(), keys, keys, block,
+                                                  scale, begin, end);
+                     });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(acip, m) {
@@ -123,6 +163,8 @@ TORCH_LIBRARY_FRAGMENT(acip, m) {
     m.def("dropout(Tensor x, int seed, int threshold, float scale) -> Tensor");
     m.def("dropout_add_(Tensor(a!) out, Tensor x, int seed, int threshold, float scale) -> ()");
     m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, int ignore, float grad_scale) -> Tensor");
+    m.def("causal_softmax_(Tensor(a!) scores, int block, float scale, Tensor? log_sums) -> Tensor");
+    m.def("softmax_gradient_(Tensor(a!) dp, Tensor p, int block, float scale) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(acip, CPU, m) {
@@ -131,6 +173,8 @@ TORCH_LIBRARY_IMPL(acip, CPU, m) {
     m.impl("dropout", dropout);
     m.impl("dropout_add_", dropout_add_);
     m.impl("cross_entropy_", cross_entropy_);
+    m.impl("causal_softmax_", causal_softmax_);
+    m.impl("softmax_gradient_", softmax_gradient_);
 }
 
 PYBIND11_MODULE(_native, m) {

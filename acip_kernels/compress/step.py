@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..models import attention
 from ..models.loss import IGNORE, CausalLoss
 from ..nn import SVDLinear
 from ..plan import training_plan
@@ -69,6 +70,7 @@ class TrainingStep:
         # Layers on the effective route, and the adapters' copies among the factors: known until the next compaction.
         self.effective: list[SVDLinear] = []
         self._copies: list[tuple[Tensor, Tensor]] | None = None
+        self._attention = attention.use(model)
         model.train()
 
     def __call__(self, batches: list[dict], penalty: float | None = None) -> StepOutcome:
@@ -195,6 +197,7 @@ class TrainingStep:
             layer.take_route("factored")
             layer.compact(self.computed(layer))
         self.map.release()
+        attention.restore(self.model, self._attention)
         self.model.eval()
 
 

@@ -182,6 +182,65 @@ void cross_entropy(T* logits, int64_t classes, const int64_t* labels, int64_t ig
     }
 }
 
+// Sixteen running sums: one order for every instruction set, and enough of them to hide an addition's latency.
+constexpr int64_t kLanes = 16;
+
+template <class W, class Term>
+inline W sum_of(int64_t n, Term term) {
+    W parts[kLanes] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) parts[lane] += term(i + lane);
+    for (; i < n; ++i) parts[i % kLanes] += term(i);
+    W sum = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += parts[lane];
+    return sum;
+}
+
+template <class T>
+void causal_softmax(T* scores, int64_t ld, int64_t keys, int64_t block, wide<T> scale, wide<T>* log_sums, bool known,
+                    int64_t begin, int64_t end) {
+    using W = wide<T>;
+    for (int64_t row = begin; row < end; ++row) {
+        T* x = scores + row * ld;
+        int64_t seen = keys - block + row % block + 1;
+        W top;
+        if (known) {
+            top = log_sums[row];
+        } else {
+            W most = load(x[0]) * scale;
+#pragma omp simd reduction(max : most)
+            for (int64_t i = 0; i < seen; ++i) most = load(x[i]) * scale > most ? load(x[i]) * scale : most;
+            top = most + std::log(sum_of<W>(seen, [&](int64_t i) { return exponential(load(x[i]) * scale - most); }));
+            log_sums[row] = top;
+        }
+        // Against rounding, which may put a score just above the sum's logarithm: `exponential` takes what is ≤ 0.
+#pragma omp simd
+        for (int64_t i = 0; i < seen; ++i) {
+            W power = load(x[i]) * scale - top;
+            store(x + i, exponential(power > 0 ? W(0) : power));
+        }
+        if (seen < keys) std::memset(static_cast<void*>(x + seen), 0, (keys - seen) * sizeof(T));
+        // A score of NaN or infinity must not become a number.
+        if (!(top - top == 0)) store(x, std::numeric_limits<W>::quiet_NaN());
+    }
+}
+
+template <class T>
+void softmax_gradient(T* dp, const T* p, int64_t ld, int64_t keys, int64_t block, wide<T> scale, int64_t begin,
+                      int64_t end) {
+    using W = wide<T>;
+    for (int64_t row = begin; row < end; ++row) {
+        T* to = dp + row * ld;
+        const T* q = p + row * ld;
+        int64_t seen = keys - block + row % block + 1;
+        W mean = sum_of<W>(seen, [&](int64_t i) { return load(to[i]) * load(q[i]); });
+#pragma omp simd
+        for (int64_t i = 0; i < seen; ++i) store(to + i, scale * load(q[i]) * (load(to[i]) - mean));
+        if (seen < keys) std::memset(static_cast<void*>(to + seen), 0, (keys - seen) * sizeof(T));
+    }
+}
+
 // ---- by dtype
 
 #define ACIP_BY_DTYPE(CALL)   \
@@ -232,13 +291,26 @@ void cross_entropy_of(Dtype dtype, void* logits, int64_t classes, const int64_t*
                                 static_cast<wide<T>*>(loss), begin, end))
 }
 
+void causal_softmax_of(Dtype dtype, void* scores, int64_t ld, int64_t keys, int64_t block, double scale,
+                       void* log_sums, bool known, int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(causal_softmax(static_cast<T*>(scores), ld, keys, block, wide<T>(scale),
+                                 static_cast<wide<T>*>(log_sums), known, begin, end))
+}
+
+void softmax_gradient_of(Dtype dtype, void* dp, const void* p, int64_t ld, int64_t keys, int64_t block, double scale,
+                         int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(softmax_gradient(static_cast<T*>(dp), static_cast<const T*>(p), ld, keys, block, wide<T>(scale),
+                                   begin, end))
+}
+
 #define ACIP_TEXT_OF(name) #name
 #define ACIP_TEXT(name) ACIP_TEXT_OF(name)
 
 }  // namespace
 
 extern const Training table;
-const Training table = {ACIP_TEXT(ACIP_ISA), scale_ranks_of, mask_gradient_of, dropout_of, cross_entropy_of};
+const Training table = {ACIP_TEXT(ACIP_ISA), scale_ranks_of,    mask_gradient_of,   dropout_of,
+                        cross_entropy_of,   causal_softmax_of, softmax_gradient_of};
 
 }  // namespace ACIP_ISA
 }  // namespace acip

@@ -33,15 +33,20 @@ def effective_linear(
 
 
 class Collector:
-    """`M = Σ gᵀ x` over the backward passes since the last `gradients`, float32 (float64) `[out, in]`."""
+    """`M = Σ gᵀ x [out, in]` over the backward passes since the last `gradients`.
+
+    As one product makes it where there was one pass, in float32 (float64) where there were more.
+    """
 
     def __init__(self):
         self.total: Tensor | None = None
 
     def add(self, g: Tensor, x: Tensor) -> None:
         M = product(g.t(), x)
-        M = M.to(torch.promote_types(M.dtype, torch.float32))
-        self.total = M if self.total is None else self.total.add_(M)
+        if self.total is None:
+            self.total = M
+        else:
+            self.total = self.total.to(torch.promote_types(M.dtype, torch.float32)).add_(M)
 
     def gradients(self, Vh: Tensor, U: Tensor, S: Tensor, mask: Tensor, mask_scale: float, adapter: Adapter | None):
         """`(dmask, dA, dB)` for the entries of `Vh [rank, in]`, `U [out, rank]`, `S`, `mask [rank]`; empties `M`.
@@ -49,11 +54,14 @@ class Collector:
         `dA` and `dB` are None where there is no adapter or its gradients came with the backward pass.
         """
         M, self.total = self.total, None
-        diagonal = torch.mm(U.to(M.dtype).t(), M).mul_(Vh).sum(1)
+        # In the factors' dtype, in which z and h would be rounded on the other route; the sum in float32.
+        M = M.to(U.dtype)
+        diagonal = (product(U.t(), M).to(S.dtype) * Vh).sum(1)
         dmask = (diagonal * S / mask_scale).masked_fill_(mask <= 0, 0)
         if adapter is None or adapter.dropout:
             return dmask, None, None
         A, B = adapter.A.detach(), adapter.B.detach()
+        M = M.to(A.dtype)
         return dmask, (B.t() @ M).mul_(adapter.scaling), (M @ A.t()).mul_(adapter.scaling)
 
 

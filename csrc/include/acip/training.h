@@ -34,6 +34,17 @@ struct Training {
     // overwritten by grad_scale · (softmax - one-hot). A label of `ignore` gives a loss and a gradient of zero.
     void (*cross_entropy)(Dtype dtype, void* logits, int64_t classes, const int64_t* labels, int64_t ignore,
                           double grad_scale, void* loss, int64_t begin, int64_t end);
+
+    // Rows [begin, end) of scores [rows, ld], of which row r has a query at `r % block` of a block that ends with column
+    // `keys` - 1: it sees columns up to `keys - block + r % block`. In place: the probabilities of a softmax over
+    // `scale` times what it sees, and zero elsewhere. `log_sums[r]` (float32, float64 for f64) is written, the log of
+    // the sum of exponentials; or, `known`, taken.
+    void (*causal_softmax)(Dtype dtype, void* scores, int64_t ld, int64_t keys, int64_t block, double scale,
+                           void* log_sums, bool known, int64_t begin, int64_t end);
+
+    // Its gradient, in place: dp[r, j] becomes scale · p[r, j] · (dp[r, j] - Σ_j p[r, j] dp[r, j]).
+    void (*softmax_gradient)(Dtype dtype, void* dp, const void* p, int64_t ld, int64_t keys, int64_t block,
+                             double scale, int64_t begin, int64_t end);
 };
 
 // By name ("portable", "avx2", "avx512"), or null for the best one that this processor runs.
