@@ -1,0 +1,124 @@
+"""`QuantizedLinear`: a linear layer whose weight is kept as integers of 8 or 4 bits with scales."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import quantize as q
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x Wᵀ + bias` for a `W [out_features, in_features]` in one of the formats of `ops.quantize`.
+
+    A drop-in for a frozen `nn.Linear`, alone or as a child of `LowRankLinear` and `PivotLinear`. Gradients flow to the
+    input and the bias; the weight is no parameter.
+
+    Its state is `qweight`, `scales` and (int4, unless symmetric) `zeros`, buffers as `ops.quantize` describes them,
+    `bias [out_features]`, and `weight [0]`, which holds nothing: a loader that takes this layer for a dense one finds a
+    tensor of the wrong size under the dense layer's name and says so, where it would otherwise start from random
+    weights. Its dtype is the layer's: that of the bias and of what `nn.Module.to` was told. Codes and scales keep
+    theirs.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for `nn.Linear`; features may be 0.
+        kind: "int8" or "int4". group: 32, 64 or 128 input features to a scale (int4). symmetric: no `zeros` (int4).
+
+    A new layer's weight is zero.
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, *, kind, group=64, symmetric=False, device=None, dtype=None
+    ):
+        super().__init__()
+        q.check_options(kind, group, symmetric)
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"QuantizedLinear: {name} must be an int of at least 0, got {value!r}")
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group = (8, 0) if kind == "int8" else (4, group)
+        self.symmetric = kind == "int8" or symmetric
+        for name, (shape, dtype_) in q.shapes(out_features, in_features, kind, group, symmetric).items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype_, device=device))
+        if self.symmetric:
+            self.register_buffer("zeros", None)
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
+
+    @classmethod
+    def from_quantized(
+        cls,
+        quantized: q.Quantized,
+        in_features: int,
+        bias: Tensor | None = None,
+        *,
+        group: int = 64,
+        dtype: torch.dtype | None = None,
+    ) -> QuantizedLinear:
+        """A layer that holds the tensors of `quantized`, a weight `[out_features, in_features]`, and `bias` themselves.
+
+        group: of int4. dtype: of the layer; None for the bias's, or the default dtype.
+        """
+        kind = "int8" if quantized.qweight.dtype == torch.int8 else "int4"
+        dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
+        out_features, symmetric = len(quantized.qweight), kind == "int4" and quantized.zeros is None
+        options = {"kind": kind, "group": group, "symmetric": symmetric}
+        layer = cls(in_features, out_features, bias is not None, **options, device="meta", dtype=dtype)
+        for name, tensor in quantized._asdict().items():
+            wanted = getattr(layer, name)
+            if tensor is None and wanted is None:
+                continue
+            if tensor is None or wanted is None or (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(
+                    f"QuantizedLinear: {name} of an {kind} weight [{out_features}, {in_features}] must be "
+                    f"{_described(wanted)}, got {_described(tensor)}"
+                )
+            setattr(layer, name, tensor.detach())
+        if bias is not None:
+            if bias.shape != (out_features,):
+                raise ValueError(f"QuantizedLinear: bias must be [{out_features}], got {list(bias.shape)}")
+            layer.bias = nn.Parameter(bias.detach())
+        layer.weight = torch.empty(0, device=quantized.qweight.device, dtype=dtype)
+        return layer
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, kind: str, *, group: int = 64, symmetric: bool = False) -> QuantizedLinear:
+        """`linear`, its weight rounded to nearest (`ops.quantize.quantize`, which says what is refused)."""
+        quantized = q.quantize(linear.weight, kind, group, symmetric)
+        return cls.from_quantized(
+            quantized, linear.in_features, linear.bias, group=group, dtype=linear.weight.dtype
+        ).train(linear.training)
+
+    @property
+    def kind(self) -> str:
+        """ "int8" or "int4"."""
+        return f"int{self.bits}"
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `[out_features, in_features]` that this layer stands for, in `dtype` or the layer's own."""
+        dtype = dtype or self.weight.dtype
+        return q.dequantize(self.qweight, self.scales, self.zeros, cols=self.in_features, group=self.group, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantize(x.dtype), self.bias)
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `half`, `cuda` and the like do to tensors; scales go along to a device, but keep their dtype."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            # Not cast back: what was rounded stays rounded.
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def extra_repr(self):
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+        group = f", group={self.group}, symmetric={self.symmetric}" if self.bits == 4 else ""
+        return text + self.kind + group
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
