@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import skip_init
 
 from ..ops import lowrank_linear
+from .quantized_linear import dense_weight
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -98,7 +99,7 @@ class LowRankLinear(nn.Module):
     def effective_weight(self) -> Tensor:
         """`U Vh [out_features, in_features]`, the dense weight that this layer stands for, in float32 or better."""
         dtype = torch.promote_types(self.U.weight.dtype, torch.float32)
-        return F.linear(self.U.weight.to(dtype), self.Vh.weight.to(dtype).t())
+        return F.linear(dense_weight(self.U, dtype), dense_weight(self.Vh, dtype).t())
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

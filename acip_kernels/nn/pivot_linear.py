@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..ops.pivot_linear.reference import place
+from .quantized_linear import dense_weight
 
 
 class PivotLinear(nn.Module):
@@ -89,16 +90,17 @@ class PivotLinear(nn.Module):
         return place(z, self.C(z), self.inverse(), self.bias)
 
     @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """`(Vh [rank, in], U [out, rank])`: the same function as two factors; `U`'s pivot rows are those of one."""
-        identity = torch.eye(self.rank, device=self.C.weight.device, dtype=self.C.weight.dtype)
-        return self.P.weight, torch.cat([identity, self.C.weight]).index_select(0, self.inverse())
+        P, C = dense_weight(self.P, dtype), dense_weight(self.C, dtype)
+        identity = torch.eye(self.rank, device=C.device, dtype=C.dtype)
+        return P, torch.cat([identity, C]).index_select(0, self.inverse())
 
     def effective_weight(self) -> Tensor:
         """The dense weight `[out_features, in_features]` that this layer stands for, in float32 or better."""
         dtype = torch.promote_types(self.P.weight.dtype, torch.float32)
-        Vh, U = self.factors()
-        return U.to(dtype) @ Vh.to(dtype)
+        Vh, U = self.factors(dtype)
+        return U @ Vh
 
     def _load_from_state_dict(self, *args, **kwargs):
         self._inverse = (None, None)  # is_pivot is written into

@@ -120,5 +120,12 @@ class QuantizedLinear(nn.Module):
         return text + self.kind + group
 
 
+def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight `[out_features, in_features]` of an `nn.Linear` or `QuantizedLinear`, in `dtype` or its own."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.dequantize(dtype)
+    return linear.weight if dtype is None else linear.weight.to(dtype)
+
+
 def _described(tensor: Tensor | None) -> str:
     return "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
