@@ -5,6 +5,7 @@ processor chooses at run time; bindings.cpp is compiled against the torch that i
 `pip install --no-build-isolation`.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import platform
@@ -17,8 +18,12 @@ ROOT = pathlib.Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ISAS = {"portable": []}
 if X86:
-    ISAS["avx2"] = ["-mavx2", "-mfma"]
-    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    # GCC 12 warns of its own header, whose undefined vectors are meant (GCC bug 105593).
+    ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+KERNELS = ("training", "decode")
 # No errno and no traps, but IEEE arithmetic otherwise: sums keep their order and NaN stays NaN.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", f"-I{ROOT / 'csrc/include'}"]
@@ -55,16 +60,19 @@ def extension():
             folder = pathlib.Path(self.build_temp, "kernels")
             folder.mkdir(parents=True, exist_ok=True)
             compiler = os.environ.get("CXX", "c++")
-            for isa, flags in ISAS.items():
-                target = folder / f"training-{isa}.o"
-                command = [compiler, *FLAGS, *flags, f"-DACIP_ISA={isa}", "-c", str(ROOT / "csrc/cpu/training.cpp")]
-                subprocess.run([*command, "-o", str(target)], check=True)
-                yield str(target)
-            target = folder / "dispatch.o"
-            x86 = ["-DACIP_X86"] if X86 else []
-            command = [compiler, *FLAGS, *x86, "-c", str(ROOT / "csrc/cpu/dispatch.cpp"), "-o", str(target)]
-            subprocess.run(command, check=True)
-            yield str(target)
+            jobs = [("dispatch", "dispatch", ["-DACIP_X86"] if X86 else [])]
+            jobs += [(name, f"{name}-{isa}", [*flags, f"-DACIP_ISA={isa}"])
+                     for name in KERNELS for isa, flags in ISAS.items()]  # fmt: skip
+
+            def compiled(job):
+                name, target, flags = job
+                target = str(folder / f"{target}.o")
+                source = str(ROOT / f"csrc/cpu/{name}.cpp")
+                subprocess.run([compiler, *FLAGS, *flags, "-c", source, "-o", target], check=True)
+                return target
+
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(compiled, jobs))
 
         def get_outputs(self):
             # An extension that was not built is no output; setuptools would look for it.
@@ -84,7 +92,7 @@ def extension():
         include_dirs=[str(ROOT / "csrc/include")],
         # OpenMP is torch's own: at::parallel_for is a header.
         extra_compile_args=["-O2", "-std=c++20", "-fopenmp", "-Wall", "-fvisibility=hidden"],
-        depends=["csrc/include/acip/training.h", "csrc/cpu/training.cpp", "csrc/cpu/dispatch.cpp"],
+        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*/**/*.*"))],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 

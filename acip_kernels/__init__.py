@@ -16,6 +16,7 @@ from .compress import (
 )
 from .compress.finetune import finetune
 from .compress.scores import score_by_singular_values
+from .models.fuse import fuse, unfuse
 from .models.saving import load, save
 from .nn import LowRankLinear, PivotLinear, SVDLinear
 from .ops import linear_cross_entropy, lowrank_linear, masked_svd_linear
@@ -34,6 +35,7 @@ __all__ = [
     "compress",
     "factorize",
     "finetune",
+    "fuse",
     "linear_cross_entropy",
     "load",
     "lowrank_linear",
@@ -41,4 +43,5 @@ __all__ = [
     "materialize",
     "save",
     "score_by_singular_values",
+    "unfuse",
 ]

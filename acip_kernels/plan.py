@@ -135,3 +135,10 @@ def training_plan(
         cheap = operations["effective"] < (1 - MARGIN) * operations["factored"]
         route = "effective" if cheap else "factored"
     return TrainingPlan(route, operations)
+
+
+# ---- deployed layers
+
+# Up to how many tokens the native operator computes deployed layers; above, torch's matrix products win
+# (`bench.decode_cpu`).
+FUSED_TOKENS = 32

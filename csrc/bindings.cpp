@@ -4,9 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "acip/decode.h"
 #include "acip/training.h"
 
 namespace {
@@ -14,6 +21,7 @@ namespace {
 using at::Tensor;
 
 const acip::Training* chosen = acip::training(nullptr);
+const acip::Decode* decode = acip::decode(nullptr);
 
 acip::Dtype dtype_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
@@ -155,6 +163,303 @@ void softmax_gradient_(Tensor dp, const Tensor& p, int64_t block, double scale) 
                      });
 }
 
+// ---- layers of few tokens
+
+using acip::Matrix;
+using acip::Number;
+using acip::Product;
+
+// What a layer is, in `spec`: its form, whether it has an `s` and a bias, and of each of its matrices what kind it is,
+// its columns and the columns of a group (of plain and 8-bit matrices 0).
+enum Form : int64_t { kDense, kFactors, kPivoted };
+enum Kind : int64_t { kPlain, kInt8, kInt4, kInt4WithZeros };
+// What is done with the layers' outputs: laid side by side; or two layers' `silu(first) * second`; and a third's of that.
+enum Mode : int64_t { kConcatenate, kSwiglu, kGatedMlp };
+
+struct Layer {
+    int64_t form, in, out, rank;  // rank: what the first matrix has as rows, where there are two
+    Matrix first, second;
+    const float* s;
+    const void* bias;
+    const int32_t* place;
+};
+
+// Reads `spec` and `tensors` one after the other, and checks all that is read: the kernels trust it.
+struct Reader {
+    at::IntArrayRef spec;
+    at::TensorList tensors;
+    at::ScalarType dtype;
+    size_t number = 0, tensor = 0;
+
+    int64_t next_number() {
+        TORCH_CHECK(number < spec.size(), "fused_linear: spec ends too early, after ", spec.size(), " numbers");
+        return spec[number++];
+    }
+
+    const Tensor& next_tensor(const char* what, at::ScalarType type, int64_t dimensions) {
+        TORCH_CHECK(tensor < tensors.size(), "fused_linear: there are ", tensors.size(), " tensors, and no ", what);
+        const Tensor& t = tensors[tensor++];
+        TORCH_CHECK(t.defined() && t.device().is_cpu() && t.layout() == at::kStrided && t.scalar_type() == type &&
+                        t.dim() == dimensions,
+                    "fused_linear: ", what, " must be a CPU tensor of ", type, " with ", dimensions,
+                    " dimensions, got ", t.defined() ? t.toString() : "none", " ", t.defined() ? t.sizes() : at::IntArrayRef());
+        bool whole_rows = dimensions == 2 && t.size(1) <= 1 ? true : t.stride(dimensions - 1) == 1 || t.numel() == 0;
+        TORCH_CHECK(whole_rows, "fused_linear: ", what, " must have contiguous rows, got strides ", t.strides());
+        return t;
+    }
+
+    const void* next_contiguous(const char* what, at::ScalarType type, at::IntArrayRef sizes) {
+        const Tensor& t = next_tensor(what, type, int64_t(sizes.size()));
+        TORCH_CHECK(t.sizes() == sizes && t.is_contiguous(), "fused_linear: ", what, " must be contiguous ", sizes,
+                    ", got ", t.sizes());
+        return t.const_data_ptr();
+    }
+
+    Matrix next_matrix() {
+        int64_t kind = next_number(), cols = next_number(), group = next_number();
+        TORCH_CHECK(kind >= kPlain && kind <= kInt4WithZeros && cols >= 0, "fused_linear: no matrix is of kind ", kind,
+                    " with ", cols, " columns");
+        Matrix m{};
+        m.cols = cols;
+        int64_t width = cols;
+        at::ScalarType type = dtype;
+        if (kind == kPlain) {
+            m.type = dtype == at::kFloat ? Number::f32 : dtype == at::kBFloat16 ? Number::bf16 : Number::f16;
+        } else if (kind == kInt8) {
+            m.type = Number::i8, type = at::kChar;
+        } else {
+            TORCH_CHECK(group == 32 || group == 64 || group == 128, "fused_linear: a group must be 32, 64 or 128, got ",
+                        group);
+            TORCH_CHECK(cols < (int64_t(1) << 40), "fused_linear: ", cols, " columns");
+            m.type = Number::i4, type = at::kByte, width = (cols + 63) / 64 * 32;
+        }
+        const Tensor& data = next_tensor("a weight", type, 2);
+        m.rows = data.size(0);
+        TORCH_CHECK(data.size(1) == width, "fused_linear: a weight must have ", width, " columns, got ", data.sizes());
+        TORCH_CHECK(m.rows <= 1 || data.stride(0) >= width, "fused_linear: rows of a weight must not overlap");
+        m.data = data.const_data_ptr();
+        m.stride = data.stride(0) * int64_t(data.element_size());
+        m.group = group;
+        if (kind == kInt8) m.scales = next_contiguous("scales", at::kFloat, {m.rows});
+        if (kind >= kInt4) {
+            int64_t groups = (cols + group - 1) / group;
+            m.scales = next_contiguous("scales", at::kBFloat16, {m.rows, groups});
+            if (kind == kInt4WithZeros)
+                m.zeros = static_cast<const uint8_t*>(next_contiguous("zeros", at::kByte, {m.rows, groups}));
+        }
+        return m;
+    }
+
+    Layer next_layer() {
+        Layer layer{};
+        layer.form = next_number();
+        int64_t flags = next_number();
+        TORCH_CHECK(layer.form >= kDense && layer.form <= kPivoted && flags >= 0 && flags < 4,
+                    "fused_linear: no layer is of form ", layer.form, " with flags ", flags);
+        layer.first = next_matrix();
+        layer.in = layer.first.cols;
+        layer.out = layer.first.rows;
+        if (layer.form != kDense) {
+            layer.rank = layer.first.rows;
+            layer.second = next_matrix();
+            TORCH_CHECK(layer.second.cols == layer.rank, "fused_linear: the second weight must have ", layer.rank,
+                        " columns, as the first has rows, got ", layer.second.cols);
+            layer.out = layer.second.rows + (layer.form == kPivoted ? layer.rank : 0);
+        }
+        if (layer.form == kPivoted) {
+            layer.place = static_cast<const int32_t*>(next_contiguous("places", at::kInt, {layer.out}));
+            int32_t least = 0, most = -1;
+            for (int64_t i = 0; i < layer.out; ++i) {
+                least = std::min(least, layer.place[i]);
+                most = std::max(most, layer.place[i]);
+            }
+            TORCH_CHECK(least >= 0 && most < layer.out, "fused_linear: places must be of the ", layer.out, " outputs");
+        }
+        if (flags & 1) {
+            TORCH_CHECK(layer.form == kFactors, "fused_linear: only two factors have an s");
+            layer.s = static_cast<const float*>(next_contiguous("s", at::kFloat, {layer.rank}));
+        }
+        if (flags & 2) layer.bias = next_contiguous("a bias", dtype, {layer.out});
+        return layer;
+    }
+};
+
+// Memory between the stages: the calling thread's, kept for its next call.
+char* scratch(size_t bytes) {
+    thread_local std::vector<char> memory;
+    if (memory.size() < bytes + 64) memory.resize(bytes + 64);
+    return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+}
+
+struct Stage {
+    std::vector<Product> products;
+    // Or, elementwise over tokens · width: the stage after gate and up.
+    const void *gate = nullptr, *up = nullptr;
+    void* out = nullptr;
+    int64_t elements = 0;
+};
+
+// The products of `layer` for `x`, into y (at its column 0): one in stage `at`, and a second in the next.
+void add_layer(std::vector<Stage>& stages, size_t at, const Layer& layer, const void* x, int64_t x_stride, void* y,
+               int64_t y_stride, void* z, int64_t z_stride) {
+    Product first{}, second{};
+    first.weight = layer.first, first.x = x, first.x_stride = x_stride;
+    if (layer.form == kDense) {
+        first.bias = layer.bias, first.y = y, first.y_stride = y_stride;
+        stages[at].products.push_back(first);
+        return;
+    }
+    first.s = layer.s, first.z = z, first.z_stride = z_stride;
+    second.weight = layer.second, second.x = z, second.x_stride = z_stride;
+    second.bias = layer.bias, second.y = y, second.y_stride = y_stride;
+    if (layer.form == kPivoted) {
+        first.bias = layer.bias, first.y = y, first.y_stride = y_stride, first.place = layer.place;
+        second.place = layer.place + layer.rank;
+    }
+    stages[at].products.push_back(first);
+    stages[at + 1].products.push_back(second);
+}
+
+// The first row of a product that belongs to whoever starts at `position` bytes of its stage; in fours, as kernels read.
+int64_t row_at(int64_t position, int64_t start, const Product& product, int64_t row_bytes) {
+    if (position <= start) return 0;
+    int64_t row = (position - start + row_bytes - 1) / row_bytes;
+    return std::min((row + 3) / 4 * 4, product.weight.rows);
+}
+
+int64_t bytes_of_row(const Product& product) {
+    int64_t cols = product.weight.cols;
+    int64_t bytes = product.weight.type == Number::i4 ? cols / 2 : product.weight.type == Number::i8 ? cols
+                    : product.weight.type == Number::f32 ? cols * 4 : cols * 2;
+    return bytes + 32;  // what a row takes besides its weights
+}
+
+void run_stage(const Stage& stage, Number number, int64_t tokens, int64_t member, int64_t members) {
+    if (stage.elements) {
+        int64_t part = (stage.elements + members - 1) / members;
+        int64_t begin = std::min(member * part, stage.elements), end = std::min(begin + part, stage.elements);
+        decode->swiglu(number, stage.gate, stage.up, stage.out, begin, end);
+        return;
+    }
+    int64_t total = 0;
+    for (const Product& product : stage.products) total += product.weight.rows * bytes_of_row(product);
+    int64_t low = total * member / members, high = total * (member + 1) / members, start = 0;
+    for (const Product& product : stage.products) {
+        int64_t row_bytes = bytes_of_row(product);
+        int64_t begin = member == 0 ? 0 : row_at(low, start, product, row_bytes);
+        int64_t end = member + 1 == members ? product.weight.rows : row_at(high, start, product, row_bytes);
+        if (begin < end) decode->product(number, product, tokens, begin, end);
+        start += product.weight.rows * row_bytes;
+    }
+}
+
+// A thread that is woken for less than this takes longer than it saves.
+constexpr int64_t kBytesPerThread = 32768;
+
+void run_stages(const std::vector<Stage>& stages, Number number, int64_t tokens) {
+    int64_t bytes = 0;
+    for (const Stage& stage : stages)
+        for (const Product& product : stage.products) bytes += product.weight.rows * bytes_of_row(product);
+    int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    threads = std::max<int64_t>(1, std::min(threads, bytes / kBytesPerThread));
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+        {
+            int64_t member = omp_get_thread_num(), members = omp_get_num_threads();
+            for (size_t i = 0; i < stages.size(); ++i) {
+                if (i) {
+#pragma omp barrier
+                }
+                run_stage(stages[i], number, tokens, member, members);
+            }
+        }
+        return;
+    }
+#endif
+    for (const Stage& stage : stages) run_stage(stage, number, tokens, 0, 1);
+}
+
+Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spec, int64_t mode) {
+    TORCH_CHECK(x.device().is_cpu() && x.dim() >= 1, "fused_linear: x must be a CPU tensor [..., in_features]");
+    auto dtype = x.scalar_type();
+    TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                "fused_linear: x must be float32, bfloat16 or float16, got ", dtype);
+    TORCH_CHECK(mode >= kConcatenate && mode <= kGatedMlp, "fused_linear: there is no mode ", mode);
+    Number number = dtype == at::kFloat ? Number::f32 : dtype == at::kBFloat16 ? Number::bf16 : Number::f16;
+    int64_t itemsize = int64_t(x.element_size());
+
+    Reader reader{spec, tensors, dtype};
+    std::vector<Layer> layers;
+    while (reader.number < spec.size()) layers.push_back(reader.next_layer());
+    TORCH_CHECK(reader.tensor == tensors.size(), "fused_linear: ", tensors.size() - reader.tensor,
+                " tensors more than spec speaks of");
+    size_t wanted = mode == kSwiglu ? 2 : mode == kGatedMlp ? 3 : std::max<size_t>(layers.size(), 1);
+    TORCH_CHECK(layers.size() == wanted, "fused_linear: mode ", mode, " takes ", wanted, " layers, got ", layers.size());
+    size_t siblings = mode == kGatedMlp ? 2 : layers.size();
+    int64_t in = layers[0].in, outputs = 0;
+    for (size_t i = 0; i < siblings; ++i) {
+        TORCH_CHECK(layers[i].in == in, "fused_linear: siblings take inputs of ", in, " and ", layers[i].in);
+        outputs += layers[i].out;
+    }
+    if (mode != kConcatenate)
+        TORCH_CHECK(layers[0].out == layers[1].out, "fused_linear: gate and up must have as many outputs, got ",
+                    layers[0].out, " and ", layers[1].out);
+    if (mode == kGatedMlp)
+        TORCH_CHECK(layers[2].in == layers[0].out, "fused_linear: down must take ", layers[0].out, " inputs, got ",
+                    layers[2].in);
+    TORCH_CHECK(x.size(-1) == in, "fused_linear: x must be [..., ", in, "], got ", x.sizes());
+
+    int64_t width = mode == kConcatenate ? outputs : mode == kSwiglu ? layers[0].out : layers[2].out;
+    at::DimVector sizes(x.sizes().begin(), x.sizes().end());
+    sizes.back() = width;
+    Tensor y = at::empty(sizes, x.options());
+    int64_t tokens = in ? x.numel() / in : y.numel() / std::max<int64_t>(width, 1);
+    if (tokens == 0 || width == 0) return y;
+    Tensor rows = x.is_contiguous() ? x : x.contiguous();
+    char* to = static_cast<char*>(y.mutable_data_ptr());
+
+    // Every z starts at a cache line; then gate's and up's outputs and their product.
+    std::vector<int64_t> z_strides, z_at;
+    int64_t bytes = 0;
+    auto take = [&](int64_t elements) {
+        int64_t at = bytes;
+        bytes += (elements * itemsize + 63) / 64 * 64;
+        return at;
+    };
+    for (const Layer& layer : layers) {
+        z_strides.push_back((layer.rank + 31) / 32 * 32);
+        z_at.push_back(take(tokens * z_strides.back()));
+    }
+    int64_t middle = mode == kConcatenate ? 0 : tokens * layers[0].out;
+    int64_t gate_at = take(middle), up_at = take(middle), act_at = take(mode == kGatedMlp ? middle : 0);
+    char* memory = scratch(size_t(bytes));
+
+    std::vector<Stage> stages(2);
+    int64_t column = 0;
+    for (size_t i = 0; i < siblings; ++i) {
+        void* target = mode == kConcatenate ? to + column * itemsize : memory + (i ? up_at : gate_at);
+        int64_t stride = mode == kConcatenate ? width : layers[i].out;
+        add_layer(stages, 0, layers[i], rows.const_data_ptr(), in, target, stride, memory + z_at[i], z_strides[i]);
+        column += layers[i].out;
+    }
+    if (stages[1].products.empty()) stages.pop_back();
+    if (mode != kConcatenate) {
+        Stage product;
+        product.gate = memory + gate_at, product.up = memory + up_at, product.elements = middle;
+        product.out = mode == kSwiglu ? to : memory + act_at;
+        stages.push_back(product);
+    }
+    if (mode == kGatedMlp) {
+        size_t at = stages.size();
+        stages.resize(at + 2);
+        add_layer(stages, at, layers[2], memory + act_at, layers[0].out, to, width, memory + z_at[2], z_strides[2]);
+        if (stages.back().products.empty()) stages.pop_back();
+    }
+    run_stages(stages, number, tokens);
+    return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(acip, m) {
@@ -165,6 +470,7 @@ TORCH_LIBRARY_FRAGMENT(acip, m) {
     m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, int ignore, float grad_scale) -> Tensor");
     m.def("causal_softmax_(Tensor(a!) scores, int block, float scale, Tensor? log_sums) -> Tensor");
     m.def("softmax_gradient_(Tensor(a!) dp, Tensor p, int block, float scale) -> ()");
+    m.def("fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(acip, CPU, m) {
@@ -175,17 +481,19 @@ TORCH_LIBRARY_IMPL(acip, CPU, m) {
     m.impl("cross_entropy_", cross_entropy_);
     m.impl("causal_softmax_", causal_softmax_);
     m.impl("softmax_gradient_", softmax_gradient_);
+    m.impl("fused_linear", fused_linear);
 }
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "acip_kernels' native kernels; importing it registers them with torch.";
-    m.def("isa", [] { return std::string(chosen->name); }, "The instruction set in use.");
+    m.def("isa", [] { return std::string(decode->name); }, "The instruction set in use.");
     m.def(
         "use_isa",
         [](const std::string& name) {
             const acip::Training* wanted = acip::training(name.empty() ? nullptr : name.c_str());
             if (!wanted) throw pybind11::value_error("this processor or this build has no kernels for " + name);
             chosen = wanted;
+            decode = acip::decode(name.empty() ? nullptr : name.c_str());
         },
         pybind11::arg("name") = "", "Run the kernels of this instruction set; nothing for the best one (for tests).");
 }

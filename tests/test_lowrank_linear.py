@@ -12,7 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from acip_kernels.ops import lowrank_linear
+from acip_kernels.ops import extension, lowrank_linear
+from acip_kernels.ops.fused_linear.op import DTYPES as FUSED_DTYPES
 
 NAMES = ("x", "Vh", "U", "s", "bias")
 OPERATOR = torch.ops.acip.lowrank_linear.default
@@ -271,16 +272,18 @@ def test_flops_of_both_passes(leading):
 # ---- backends and mistakes
 
 
-def test_auto_is_the_reference():
-    problem = make_problem()
-    expected = (lowrank_linear(*arguments(problem)),)
-    for backend in ("auto", "reference"):
-        assert_identical((lowrank_linear(*arguments(problem), backend=backend),), expected)
+def test_auto_takes_the_native_kernels_where_they_are_and_run():
+    for dtype in DTYPES:
+        problem = make_problem(dtype=dtype)
+        takes = extension.available() and dtype in FUSED_DTYPES
+        expected = lowrank_linear(*arguments(problem), backend="native" if takes else "reference")
+        assert_identical((lowrank_linear(*arguments(problem)),), (expected,))
 
 
-@pytest.mark.parametrize("backend", ["native", "triton", "cuda"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_a_missing_backend(backend):
-    message = f"backend '{backend}' is not available in this installation; available: ['reference']"
+    there = ["native", "reference"] if extension.available() else ["reference"]
+    message = f"backend '{backend}' is not available in this installation; available: {there}"
     with pytest.raises(RuntimeError, match=re.escape(f"lowrank_linear: {message}")):
         lowrank_linear(*arguments(make_problem()), backend=backend)
 

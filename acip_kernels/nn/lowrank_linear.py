@@ -11,9 +11,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import skip_init
 
 from ..ops import lowrank_linear
+from . import fused
 from .quantized_linear import dense_weight
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 class LowRankLinear(nn.Module):
@@ -31,8 +30,8 @@ class LowRankLinear(nn.Module):
 
     Args:
         in_features, out_features, rank, bias, device, dtype: as for `nn.Linear`.
-        backend: "auto" takes the fastest backend of `lowrank_linear` that is installed, and the two children
-            while only the reference is; a name runs that one and raises where it cannot.
+        backend: "auto" takes the native operator where `nn.fused.takes` the input, and the two children elsewhere; a
+            name runs that backend of `lowrank_linear` and raises where it cannot.
     """
 
     def __init__(self, in_features, out_features, rank, bias=True, *, device=None, dtype=None, backend="auto"):
@@ -82,18 +81,24 @@ class LowRankLinear(nn.Module):
         return layer
 
     def can_fuse(self, x: Tensor) -> bool:
-        """Whether reading the children's weights is the same as calling them.
+        """Whether reading the children's weights is the same as calling them (see `nn.fused`)."""
+        return fused.add_factors(self.Vh, self.U, x, []) and not _has_any_global_hook()
 
-        Both must be exactly `nn.Linear` with plain weights on `x`'s device and no hook or forward of their
-        own. Looked up anew at each call (about a microsecond), so that there is no stale answer to invalidate.
-        """
-        Vh, U = self._modules["Vh"], self._modules["U"]
-        return _is_plain(Vh, x) and _is_plain(U, x) and not _has_any_global_hook()
+    def spec(self) -> tuple[int, ...]:
+        """What the layer is, as `ops.fused_linear` takes it."""
+        return fused.factors_spec(self._modules["Vh"], self._modules["U"])
+
+    def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        """Appends the tensors of `spec`; False where they may not be read for `x`."""
+        return fused.add_factors(self._modules["Vh"], self._modules["U"], x, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend != "auto" and self.rank and not torch.compiler.is_exporting() and self.can_fuse(x):
+        if self.backend == "auto":
+            tensors: list[Tensor] = []
+            if fused.takes(x) and self.add_tensors(x, tensors):
+                return fused.run(x, tensors, self.spec())
+        elif self.rank and not torch.compiler.is_exporting() and self.can_fuse(x):
             return lowrank_linear(x, self.Vh.weight, self.U.weight, None, self.U.bias, backend=self.backend)
-        # The reference backend computes just this, behind an operator call that costs more than a small product.
         return self.U(self.Vh(x))
 
     def effective_weight(self) -> Tensor:
@@ -103,16 +108,3 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-def _is_plain(linear: nn.Module, x: Tensor) -> bool:
-    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
-        return False
-    if linear._forward_pre_hooks or linear._forward_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        return False
-    parameters = linear._parameters
-    # A parametrized weight is no parameter any more, and None here.
-    for tensor in (parameters.get("weight"), parameters.get("bias")):
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.device != x.device):
-            return False
-    return parameters.get("weight") is not None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..ops.pivot_linear.reference import place
+from . import fused
 from .quantized_linear import dense_weight
 
 
@@ -44,7 +45,8 @@ class PivotLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **options)) if bias else None)
         self.register_buffer("weight", torch.empty(0, **options))
         self.register_buffer("is_pivot", pack_bits(torch.arange(out_features) < rank).to(options["device"]))
-        self._inverse: tuple[Tensor | None, Tensor | None] = (None, None)
+        # What follows from `is_pivot`: that buffer itself, `inverse` and `place`.
+        self._orders: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if rank:
             nn.init.normal_(self.P.weight, std=(3 * in_features) ** -0.5)
             nn.init.normal_(self.C.weight, std=rank**-0.5)
@@ -75,26 +77,49 @@ class PivotLinear(nn.Module):
         """Which outputs are pivots, bool `[out_features]`."""
         return unpack_bits(self.is_pivot, self.out_features)
 
-    def inverse(self) -> Tensor:
-        """int64 `[out_features]`: where each output is in the list of the pivots followed by the others."""
-        bits, inverse = self._inverse
+    def orders(self) -> tuple[Tensor, Tensor]:
+        """`inverse` int64 and `place` int32, both `[out_features]`.
+
+        The list of the pivots followed by the others has output `i` at `inverse[i]`, and its entry `j` is output
+        `place[j]`.
+        """
+        bits, inverse, place = self._orders
         if bits is not self.is_pivot:  # moved, or replaced by what was loaded
             pivots = self.pivots
             inverse = torch.where(pivots, pivots.long().cumsum(0) - 1, self.rank + (~pivots).long().cumsum(0) - 1)
+            place = inverse.argsort().to(torch.int32)
             if not torch.compiler.is_exporting():
-                self._inverse = self.is_pivot, inverse
-        return inverse
+                self._orders = self.is_pivot, inverse, place
+        return inverse, place
+
+    def spec(self) -> tuple[int, ...]:
+        """What the layer is, as `ops.fused_linear` takes it."""
+        return fused.pivoted_spec(self._modules["P"], self._modules["C"], self.bias is not None)
+
+    def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        """Appends the tensors of `spec`; False where they may not be read for `x`."""
+        if not (
+            fused.add_matrix(self._modules["P"], x, tensors)
+            and fused.add_matrix(self._modules["C"], x, tensors)
+            and self.is_pivot.device == x.device
+        ):
+            return False
+        tensors.append(self.orders()[1])
+        return fused.add_bias(self, x, tensors)
 
     def forward(self, x: Tensor) -> Tensor:
+        tensors: list[Tensor] = []
+        if fused.takes(x) and self.add_tensors(x, tensors):
+            return fused.run(x, tensors, self.spec())
         z = self.P(x)
-        return place(z, self.C(z), self.inverse(), self.bias)
+        return place(z, self.C(z), self.orders()[0], self.bias)
 
     @torch.no_grad()
     def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """`(Vh [rank, in], U [out, rank])`: the same function as two factors; `U`'s pivot rows are those of one."""
         P, C = dense_weight(self.P, dtype), dense_weight(self.C, dtype)
         identity = torch.eye(self.rank, device=C.device, dtype=C.dtype)
-        return P, torch.cat([identity, C]).index_select(0, self.inverse())
+        return P, torch.cat([identity, C]).index_select(0, self.orders()[0])
 
     def effective_weight(self) -> Tensor:
         """The dense weight `[out_features, in_features]` that this layer stands for, in float32 or better."""
@@ -103,7 +128,7 @@ class PivotLinear(nn.Module):
         return U @ Vh
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._inverse = (None, None)  # is_pivot is written into
+        self._orders = (None, None, None)  # is_pivot is written into
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self):

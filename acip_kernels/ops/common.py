@@ -15,14 +15,20 @@ from . import extension
 KNOWN_BACKENDS = ("reference", "native", "triton", "cuda")
 
 
-def choose_backend(operator: str, backend: str, available: Mapping[str, Callable], x: Tensor | None = None):
+def choose_backend(
+    operator: str,
+    backend: str,
+    available: Mapping[str, Callable],
+    x: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = extension.DTYPES,
+):
     """The implementation that `backend` names; only "auto" may choose.
 
-    "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in a dtype of theirs; else
-    the reference. Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
+    "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; else the
+    reference. Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
     """
     if backend == "auto":
-        native = "native" in available and (x is None or extension.takes(x))
+        native = "native" in available and (x is None or extension.takes(x, dtypes))
         return available["native" if native else "reference"]
     if backend not in KNOWN_BACKENDS:
         raise ValueError(f"{operator}: backend must be 'auto' or one of {list(KNOWN_BACKENDS)}, got {backend!r}")
@@ -32,9 +38,9 @@ def choose_backend(operator: str, backend: str, available: Mapping[str, Callable
             f"available: {sorted(available)}. Use backend='auto' to let the package choose."
             + (f" The native kernels are {extension.missing}." if backend == "native" and extension.missing else "")
         )
-    if backend == "native" and x is not None and not extension.takes(x):
+    if backend == "native" and x is not None and not extension.takes(x, dtypes):
         raise RuntimeError(
-            f"{operator}: the native kernels take {', '.join(str(d) for d in extension.DTYPES)} on the CPU, "
+            f"{operator}: the native kernels take {', '.join(str(d) for d in dtypes)} on the CPU, "
             f"got {x.dtype} on {x.device}. Use backend='auto' to let the package choose."
         )
     return available[backend]

@@ -23,11 +23,11 @@ def available() -> bool:
     return module is not None
 
 
-def takes(x: Tensor) -> bool:
-    """Whether the native kernels run on `x`."""
-    return module is not None and x.device.type == "cpu" and x.dtype in DTYPES
+def takes(x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
+    """Whether the native kernels run on `x`, given their `dtypes`: of the training step's, unless told."""
+    return module is not None and x.device.type == "cpu" and x.dtype in dtypes
 
 
 def instruction_set() -> str | None:
-    """The instruction set that the native kernels run with here ("avx512", "avx2", "portable"); None without them."""
+    """The instruction set that the native kernels run with here ("avx512_bf16", "avx512", "avx2", "portable"); None without them."""
     return module.isa() if module is not None else None

@@ -8,32 +8,15 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace acip {
 namespace ACIP_ISA {
 namespace {
 
-struct bf16 {
-    uint16_t bits;
-};
-
-inline float load(float value) { return value; }
-inline double load(double value) { return value; }
-inline float load(bf16 value) {
-    uint32_t bits = uint32_t(value.bits) << 16;
-    float result;
-    std::memcpy(&result, &bits, 4);
-    return result;
-}
-
-inline void store(float* to, float value) { *to = value; }
-inline void store(double* to, double value) { *to = value; }
-inline void store(bf16* to, float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    // To the nearest, ties to even; a NaN stays one (rounding could carry it into infinity).
-    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded);
-}
+#include "numbers.h"
 
 template <class T>
 struct Wide {
@@ -54,8 +37,8 @@ void scale_ranks(const T* z, int64_t ldz, T* out, int64_t ldout, int64_t rank, c
         T* to = out + t * ldout;
 #pragma omp simd
         for (int64_t i = 0; i < rank; ++i) {
-            wide<T> value = load(from[i]) * s[i];
-            store(to + i, s[i] == 0 ? wide<T>(0) : value);
+            wide<T> value = to_float(from[i]) * s[i];
+            from_float(to + i, s[i] == 0 ? wide<T>(0) : value);
         }
     }
 }
@@ -79,9 +62,9 @@ void mask_gradient(const T* z, int64_t ldz, T* h, int64_t ldh, int64_t tokens, c
                 const wide<T>* st = s + first;
 #pragma omp simd
                 for (int64_t i = 0; i < n; ++i) {
-                    wide<T> value = load(ht[i]);
-                    part[i] += load(zt[i]) * value;
-                    store(ht + i, st[i] == 0 ? wide<T>(0) : value * st[i]);
+                    wide<T> value = to_float(ht[i]);
+                    part[i] += to_float(zt[i]) * value;
+                    from_float(ht + i, st[i] == 0 ? wide<T>(0) : value * st[i]);
                 }
             }
             for (int64_t i = 0; i < n; ++i) total[i] += part[i];
@@ -114,33 +97,12 @@ void dropout(const T* x, T* out, uint64_t seed, uint32_t threshold, wide<T> scal
 #pragma omp simd
         for (int64_t i = j; i < stop; ++i) {
             bool keep = mix(mix(uint32_t(i) ^ low) ^ key) >= threshold;
-            wide<T> value = keep ? load(x[i]) * scale : wide<T>(0);
-            store(out + i, add ? load(out[i]) + value : value);
+            wide<T> value = keep ? to_float(x[i]) * scale : wide<T>(0);
+            from_float(out + i, add ? to_float(out[i]) + value : value);
         }
         j = stop;
     }
 }
-
-// e^x for x ≤ 0, to 2 units in the last place: x = n ln 2 + r with |r| ≤ ln 2 / 2, a polynomial for e^r (its Taylor
-// series to the seventh power, whose remainder is below 2e-9), and n added to the exponent.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = std::nearbyint(x * 1.44269504f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    int32_t power = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return p * scale;
-}
-inline double exponential(double x) { return std::exp(x); }
 
 template <class T>
 void cross_entropy(T* logits, int64_t classes, const int64_t* labels, int64_t ignore, double grad_scale, wide<T>* loss,
@@ -154,9 +116,9 @@ void cross_entropy(T* logits, int64_t classes, const int64_t* labels, int64_t ig
             loss[row] = 0;
             continue;
         }
-        W most = load(x[0]);
+        W most = to_float(x[0]);
 #pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < classes; ++i) most = load(x[i]) > most ? load(x[i]) : most;
+        for (int64_t i = 0; i < classes; ++i) most = to_float(x[i]) > most ? to_float(x[i]) : most;
         // 16 running sums, in double over blocks of 1024: vocabularies are long.
         double sum = 0;
         for (int64_t block = 0; block < classes; block += 1024) {
@@ -164,17 +126,17 @@ void cross_entropy(T* logits, int64_t classes, const int64_t* labels, int64_t ig
             W parts[lanes] = {};
             int64_t i = block;
             for (; i + lanes <= last; i += lanes)
-                for (int lane = 0; lane < lanes; ++lane) parts[lane] += exponential(load(x[i + lane]) - most);
-            for (; i < last; ++i) parts[0] += exponential(load(x[i]) - most);
+                for (int lane = 0; lane < lanes; ++lane) parts[lane] += exponential(to_float(x[i + lane]) - most);
+            for (; i < last; ++i) parts[0] += exponential(to_float(x[i]) - most);
             for (int lane = 0; lane < lanes; ++lane) sum += parts[lane];
         }
-        W label_logit = load(x[labels[row]]);
+        W label_logit = to_float(x[labels[row]]);
         loss[row] = W(std::log(sum)) + (most - label_logit);
         W scale = W(grad_scale / sum);
 #pragma omp simd
-        for (int64_t i = 0; i < classes; ++i) store(x + i, exponential(load(x[i]) - most) * scale);
+        for (int64_t i = 0; i < classes; ++i) from_float(x + i, exponential(to_float(x[i]) - most) * scale);
         W label_grad = W(grad_scale) * (exponential(label_logit - most) / W(sum) - W(1));
-        store(x + labels[row], label_grad);
+        from_float(x + labels[row], label_grad);
         // exp(-87) is taken for everything below, and a logit of NaN or +inf must not become a number.
         if (!(most - most == 0) || !std::isfinite(sum)) {
             loss[row] = std::numeric_limits<W>::quiet_NaN();
@@ -208,21 +170,21 @@ void causal_softmax(T* scores, int64_t ld, int64_t keys, int64_t block, wide<T> 
         if (known) {
             top = log_sums[row];
         } else {
-            W most = load(x[0]) * scale;
+            W most = to_float(x[0]) * scale;
 #pragma omp simd reduction(max : most)
-            for (int64_t i = 0; i < seen; ++i) most = load(x[i]) * scale > most ? load(x[i]) * scale : most;
-            top = most + std::log(sum_of<W>(seen, [&](int64_t i) { return exponential(load(x[i]) * scale - most); }));
+            for (int64_t i = 0; i < seen; ++i) most = to_float(x[i]) * scale > most ? to_float(x[i]) * scale : most;
+            top = most + std::log(sum_of<W>(seen, [&](int64_t i) { return exponential(to_float(x[i]) * scale - most); }));
             log_sums[row] = top;
         }
         // Against rounding, which may put a score just above the sum's logarithm: `exponential` takes what is ≤ 0.
 #pragma omp simd
         for (int64_t i = 0; i < seen; ++i) {
-            W power = load(x[i]) * scale - top;
-            store(x + i, exponential(power > 0 ? W(0) : power));
+            W power = to_float(x[i]) * scale - top;
+            from_float(x + i, exponential(power > 0 ? W(0) : power));
         }
         if (seen < keys) std::memset(static_cast<void*>(x + seen), 0, (keys - seen) * sizeof(T));
         // A score of NaN or infinity must not become a number.
-        if (!(top - top == 0)) store(x, std::numeric_limits<W>::quiet_NaN());
+        if (!(top - top == 0)) from_float(x, std::numeric_limits<W>::quiet_NaN());
     }
 }
 
@@ -234,9 +196,9 @@ void softmax_gradient(T* dp, const T* p, int64_t ld, int64_t keys, int64_t block
         T* to = dp + row * ld;
         const T* q = p + row * ld;
         int64_t seen = keys - block + row % block + 1;
-        W mean = sum_of<W>(seen, [&](int64_t i) { return load(to[i]) * load(q[i]); });
+        W mean = sum_of<W>(seen, [&](int64_t i) { return to_float(to[i]) * to_float(q[i]); });
 #pragma omp simd
-        for (int64_t i = 0; i < seen; ++i) store(to + i, scale * load(q[i]) * (load(to[i]) - mean));
+        for (int64_t i = 0; i < seen; ++i) from_float(to + i, scale * to_float(q[i]) * (to_float(to[i]) - mean));
         if (seen < keys) std::memset(static_cast<void*>(to + seen), 0, (keys - seen) * sizeof(T));
     }
 }
@@ -308,8 +270,8 @@ void softmax_gradient_of(Dtype dtype, void* dp, const void* p, int64_t ld, int64
 
 }  // namespace
 
-extern const Training table;
-const Training table = {ACIP_TEXT(ACIP_ISA), scale_ranks_of,    mask_gradient_of,   dropout_of,
+extern const Training training_table;
+const Training training_table = {ACIP_TEXT(ACIP_ISA), scale_ranks_of,    mask_gradient_of,   dropout_of,
                         cross_entropy_of,   causal_softmax_of, softmax_gradient_of};
 
 }  // namespace ACIP_ISA

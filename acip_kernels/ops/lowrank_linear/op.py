@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import common
-from . import reference
+from .. import common, extension
+from ..fused_linear.op import DTYPES
+from . import native, reference
 
 OPERATOR = "lowrank_linear"
 BACKENDS = {"reference": reference.forward}
+if extension.available():
+    BACKENDS["native"] = native.forward
 
 
 def lowrank_linear(
@@ -41,8 +44,8 @@ def lowrank_linear(
         TypeError: a dtype that does not fit.
         RuntimeError: a backend that is not available here.
     """
-    common.choose_backend(OPERATOR, backend, BACKENDS)
     x, Vh, U, bias = common.autocast(x, Vh, U, bias)
+    common.choose_backend(OPERATOR, backend, BACKENDS, x if isinstance(x, Tensor) else None, DTYPES)
     per_rank = {} if s is None else {"s": s}
     common.check_factors(OPERATOR, x, Vh, U, bias, **per_rank)
     return torch.ops.acip.lowrank_linear(x, Vh, U, s, bias, backend)
@@ -50,7 +53,7 @@ def lowrank_linear(
 
 @torch.library.custom_op("acip::lowrank_linear", mutates_args=())
 def _operator(x: Tensor, Vh: Tensor, U: Tensor, s: Tensor | None, bias: Tensor | None, backend: str) -> Tensor:
-    return common.choose_backend(OPERATOR, backend, BACKENDS)(x, Vh, U, s, bias)
+    return common.choose_backend(OPERATOR, backend, BACKENDS, x, DTYPES)(x, Vh, U, s, bias)
 
 
 @_operator.register_fake

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import common
-from . import reference
+from .. import common, extension
+from ..fused_linear.op import DTYPES
+from . import native, reference
 
 OPERATOR = "pivot_linear"
 BACKENDS = {"reference": reference.forward}
+if extension.available():
+    BACKENDS["native"] = native.forward
 
 
 def pivot_linear(
@@ -34,8 +37,10 @@ def pivot_linear(
         TypeError: a dtype that does not fit.
         RuntimeError: a backend that is not available here.
     """
-    implementation = common.choose_backend(OPERATOR, backend, BACKENDS)
     x, P, C, bias = common.autocast(x, P, C, bias)
+    implementation = common.choose_backend(
+        OPERATOR, backend, BACKENDS, x if isinstance(x, Tensor) else None, DTYPES
+    )
     common.check_factors(OPERATOR, x, P, C, None, names=("P", "C"))
     out_features = P.shape[0] + C.shape[0]
     if inverse.shape != (out_features,) or inverse.is_floating_point():

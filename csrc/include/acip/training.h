@@ -47,7 +47,7 @@ struct Training {
                              double scale, int64_t begin, int64_t end);
 };
 
-// By name ("portable", "avx2", "avx512"), or null for the best one that this processor runs.
+// By name ("portable", "avx2", "avx512", "avx512_bf16"), or null for the best one that this processor runs.
 // Returns null for a name that does not exist or cannot run here.
 const Training* training(const char* isa);
 

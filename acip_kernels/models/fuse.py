@@ -1,0 +1,140 @@
+"""Siblings in one call: `fuse(model)` for a model that is deployed on a CPU, and `unfuse(model)`.
+
+What has one input is computed by one call of the native operator: the q, k and v projections; gate, up, SwiGLU and
+down; and the output head, a dense layer, takes the same operator. Modules, parameters and the state stay as they are:
+what is put on is a `forward` of the instance, which `unfuse` takes off again. Where the operator does not apply
+(gradients, many tokens, a hook on a layer), the modules compute what they always did.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..nn import LowRankLinear, PivotLinear, fused
+from ..nn.quantized_linear import QuantizedLinear
+from ..ops.fused_linear.op import CONCATENATE, GATED_MLP
+
+# What llama-like models call them; a module needs all of a row to be fused.
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Let sibling layers of `model` be computed in one call; changes it in place and returns it.
+
+    Outputs change by rounding alone. Works for modules whose children have llama's names (`q_proj`, `k_proj`, `v_proj`;
+    `gate_proj`, `up_proj`, `down_proj` with SiLU) and are `nn.Linear`, `LowRankLinear`, `PivotLinear` or
+    `QuantizedLinear`; the others stay as they are. Generating, caches, `torch.compile` and saving work as before.
+
+    Raises `RuntimeError` without the native extension.
+    """
+    from ..ops import extension
+
+    if not extension.available():
+        raise RuntimeError(f"fuse: the native kernels are {extension.missing}")
+    unfuse(model)
+    for module in model.modules():
+        children = module._modules
+        if all(_fusible(children.get(name)) for name in _ATTENTION):
+            group = _Siblings([children[name] for name in _ATTENTION])
+            for number, layer in enumerate(group.layers):
+                layer.forward = _SiblingForward(group, number)
+        if all(_fusible(children.get(name)) for name in _MLP) and _is_silu(children.get("act_fn")):
+            module.forward = _MlpForward(module, [children[name] for name in _MLP])
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) in (nn.Linear, QuantizedLinear) and fused.is_plain(head):
+        head.forward = _HeadForward(head)
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo `fuse`; what was not fused stays as it is."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _SiblingForward | _MlpForward | _HeadForward):
+            del module.forward
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    return any(
+        isinstance(m.__dict__.get("forward"), _SiblingForward | _MlpForward | _HeadForward) for m in model.modules()
+    )
+
+
+def _fusible(layer: nn.Module | None) -> bool:
+    return type(layer) in (nn.Linear, QuantizedLinear, LowRankLinear, PivotLinear) and fused.is_plain(layer)
+
+
+def _is_silu(activation: nn.Module | None) -> bool:
+    return type(activation).__name__ in ("SiLU", "SiLUActivation") and fused.is_plain(activation)
+
+
+def _spec(layer: nn.Module) -> tuple[int, ...]:
+    return layer.spec() if isinstance(layer, LowRankLinear | PivotLinear) else fused.dense_spec(layer)
+
+
+def _add(layer: nn.Module, x: Tensor, tensors: list[Tensor]) -> bool:
+    """Appends what the operator takes of `layer`, whose forward may be one of those below; False where it may not."""
+    if isinstance(layer, LowRankLinear | PivotLinear):
+        return not fused.has_hooks(layer) and layer.add_tensors(x, tensors)
+    return fused.add_dense(layer, x, tensors, forward=True)
+
+
+class _Siblings:
+    """Layers that are called one after the other with one input: the first call computes all of them."""
+
+    def __init__(self, layers: list[nn.Module]):
+        self.layers = layers
+        self.spec = tuple(number for layer in layers for number in _spec(layer))
+        self.widths = [layer.out_features for layer in layers]
+        self.x: Tensor | None = None
+        self.outputs: tuple[Tensor, ...] = ()
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        tensors: list[Tensor] = []
+        if not fused.takes(x) or not all(_add(layer, x, tensors) for layer in self.layers):
+            return None
+        return fused.run(x, tensors, self.spec, CONCATENATE).split(self.widths, -1)
+
+
+class _SiblingForward:
+    """The `forward` of one of the siblings. An object, so that a deep copy of the model refers to the copy's layers."""
+
+    def __init__(self, group: _Siblings, number: int):
+        self.group, self.number = group, number
+
+    def __call__(self, x: Tensor) -> Tensor:
+        group, number = self.group, self.number
+        if number == 0:
+            group.outputs = group.compute(x) or ()
+            group.x = x if group.outputs else None
+        if group.x is x and group.outputs:
+            output = group.outputs[number]
+            if number + 1 == len(group.layers):
+                group.x, group.outputs = None, ()
+            return output
+        layer = group.layers[number]
+        return type(layer).forward(layer, x)
+
+
+class _MlpForward:
+    def __init__(self, mlp: nn.Module, layers: list[nn.Module]):
+        self.mlp, self.layers = mlp, layers
+        self.spec = tuple(number for layer in layers for number in _spec(layer))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tensors: list[Tensor] = []
+        if fused.takes(x) and all(_add(layer, x, tensors) for layer in self.layers):
+            return fused.run(x, tensors, self.spec, GATED_MLP)
+        return type(self.mlp).forward(self.mlp, x)
+
+
+class _HeadForward:
+    def __init__(self, head: nn.Module):
+        self.head, self.spec = head, fused.dense_spec(head)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tensors: list[Tensor] = []
+        if fused.takes(x) and _add(self.head, x, tensors):
+            return fused.run(x, tensors, self.spec)
+        return type(self.head).forward(self.head, x)

@@ -1,0 +1,115 @@
+"""Where linear layers may be computed by the native operator for few tokens, and what it is then told.
+
+The rule (see `LowRankLinear`): reading a module's weights must be the same as calling it. So a layer is taken only if it,
+and each of its children, is exactly of a class that is known here, has no hook and no forward of its own, and holds
+plain tensors on the input's device. That is looked up at each call, about a microsecond a layer, so that there is no
+stale answer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..ops import extension
+from ..ops.fused_linear.op import CONCATENATE, DENSE, DTYPES, FACTORS, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
+from ..plan import FUSED_TOKENS
+from .quantized_linear import QuantizedLinear
+
+_PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the native operator is to compute `x`: few tokens, on the CPU, nobody wants gradients or autocast."""
+    return (
+        extension.module is not None
+        and x.device.type == "cpu"
+        and x.dtype in DTYPES
+        and x.numel() <= FUSED_TOKENS * x.shape[-1]
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_exporting()
+        and not _has_any_global_hook()
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` is calling its class's forward and nothing else."""
+    return not (has_hooks(module) or "forward" in module.__dict__)
+
+
+def matrix_spec(linear: nn.Module) -> tuple[int, int, int]:
+    """Kind, columns and group of an `nn.Linear` or `QuantizedLinear`, as `fused_linear` takes them."""
+    if isinstance(linear, QuantizedLinear):
+        kind = INT8 if linear.bits == 8 else INT4 if linear.symmetric else INT4_ZEROS
+        return kind, linear.in_features, 0 if linear.bits == 8 else linear.group
+    return PLAIN, linear.in_features, 0
+
+
+def add_matrix(linear: nn.Module, x: Tensor, tensors: list[Tensor], *, forward: bool = False) -> bool:
+    """Appends the weight's tensors to `tensors`; False where they may not be read.
+
+    forward: the layer may have a forward of its own, as it is the caller's.
+    """
+    kind = type(linear)
+    if has_hooks(linear) or ("forward" in linear.__dict__ and not forward):
+        return False
+    if kind is nn.Linear:
+        weight = linear._parameters.get("weight")  # a parametrized weight is no parameter any more
+        if weight is None or type(weight) not in _PLAIN_TENSORS or weight.dtype != x.dtype or weight.device != x.device:
+            return False
+        tensors.append(weight)
+        return True
+    if kind is QuantizedLinear:
+        for name in ("qweight", "scales", "zeros"):
+            tensor = linear._buffers.get(name)
+            if tensor is None:
+                continue
+            if type(tensor) is not Tensor or tensor.device != x.device:
+                return False
+            tensors.append(tensor)
+        return True
+    return False
+
+
+def add_bias(module: nn.Module, x: Tensor, tensors: list[Tensor]) -> bool:
+    """Appends the bias of `module`, if it has one; False where it may not be read."""
+    bias = module.bias
+    if bias is None:
+        return True
+    if type(bias) not in _PLAIN_TENSORS or bias.dtype != x.dtype or bias.device != x.device:
+        return False
+    tensors.append(bias)
+    return True
+
+
+def dense_spec(linear: nn.Module) -> tuple[int, ...]:
+    """The spec of a dense layer, `nn.Linear` or `QuantizedLinear`."""
+    return DENSE, 2 * (linear.bias is not None), *matrix_spec(linear)
+
+
+def add_dense(linear: nn.Module, x: Tensor, tensors: list[Tensor], *, forward: bool = False) -> bool:
+    return add_matrix(linear, x, tensors, forward=forward) and add_bias(linear, x, tensors)
+
+
+def factors_spec(Vh: nn.Module, U: nn.Module) -> tuple[int, ...]:
+    return FACTORS, 2 * (U.bias is not None), *matrix_spec(Vh), *matrix_spec(U)
+
+
+def add_factors(Vh: nn.Module, U: nn.Module, x: Tensor, tensors: list[Tensor]) -> bool:
+    return add_matrix(Vh, x, tensors) and add_matrix(U, x, tensors) and add_bias(U, x, tensors)
+
+
+def pivoted_spec(P: nn.Module, C: nn.Module, bias: bool) -> tuple[int, ...]:
+    return PIVOTED, 2 * bias, *matrix_spec(P), *matrix_spec(C)
+
+
+def run(x: Tensor, tensors: list[Tensor], spec: tuple[int, ...], mode: int = CONCATENATE) -> Tensor:
+    return torch.ops.acip.fused_linear(x, tensors, spec, mode)

@@ -1,0 +1,76 @@
+"""`fused_linear`: what deployed linear layers compute for a few tokens, on the CPU in one call.
+
+The operator itself is registered by the native extension (`csrc/bindings.cpp`), because a call has to cost
+microseconds; here are the names of its arguments' values, what it is to torch's compiler, and where it pays.
+
+    fused_linear(x, tensors, spec, mode) -> y
+
+x: `[..., in_features]`, float32, bfloat16 or float16. mode: `CONCATENATE`, the outputs of all layers side by side, of
+siblings that share their input; `SWIGLU`, `silu(first) ⊙ second` of two layers; `GATED_MLP`, a third layer of that.
+spec: for each layer its form, a bit 1 if it has an `s` and 2 if it has a bias, and for each of its matrices (one if
+`DENSE`, else two) kind, columns and group. tensors: for each layer its matrices' (weight, then scales and zeros of
+quantized ones, see `ops.quantize`), then of a pivoted one `place` int32 `[out]`, at which output each pivot and then each
+other row is; then `s` float32 `[rank]`, then the bias.
+
+Both products of a layer run in one parallel region of torch's threads with a barrier between them, as do all siblings.
+Sums are in float32, in one order for each instruction set, whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import extension
+
+DENSE, FACTORS, PIVOTED = range(3)
+PLAIN, INT8, INT4, INT4_ZEROS = range(4)
+CONCATENATE, SWIGLU, GATED_MLP = range(3)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the operator is there and runs on `x`."""
+    return extension.module is not None and x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def _outputs(tensors: list[Tensor], spec: list[int]) -> tuple[list[int], int]:
+    """The output widths of all layers, and how many multiplications they take for a token."""
+    outputs, multiplications, i, t = [], 0, 0, 0
+    while i < len(spec):
+        form, flags = spec[i], spec[i + 1]
+        i += 2
+        rows = []
+        for _ in range(1 if form == DENSE else 2):
+            kind, cols = spec[i], spec[i + 1]
+            rows.append(tensors[t].shape[0])
+            multiplications += tensors[t].shape[0] * cols
+            i, t = i + 3, t + (1, 2, 2, 3)[kind]
+        t += (form == PIVOTED) + (flags & 1) + (flags >> 1)
+        outputs.append(sum(rows) if form == PIVOTED else rows[-1])
+    return outputs, multiplications
+
+
+def _fake(x, tensors, spec, mode):
+    outputs, _ = _outputs(tensors, spec)
+    width = sum(outputs) if mode == CONCATENATE else outputs[0] if mode == SWIGLU else outputs[2]
+    return x.new_empty((*x.shape[:-1], width))
+
+
+class _Shape:
+    def __init__(self, shape):
+        self.shape = shape
+
+
+def _flops(x_shape, tensor_shapes, spec, mode, *_, out_shape=None, **__) -> int:
+    tokens = 1
+    for size in x_shape[:-1]:
+        tokens *= size
+    return 2 * tokens * _outputs([_Shape(shape) for shape in tensor_shapes], spec)[1]
+
+
+if extension.module is not None:
+    torch.library.register_fake("acip::fused_linear", _fake)
+    register_flop_formula(torch.ops.acip.fused_linear)(_flops)

@@ -1,0 +1,392 @@
+"""The native operator of deployed layers against float64: every instruction set, form, number and way of storing it."""
+
+import itertools
+
+import operators
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from operators import assert_within, error_bound
+from torch.utils.flop_counter import FlopCounterMode
+
+from acip_kernels.ops import extension, lowrank_linear
+from acip_kernels.ops.fused_linear import op, reference
+from acip_kernels.ops.pivot_linear.op import pivot_linear
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+TOKENS = (1, 2, 5, 7, 13, 32)
+KINDS = {"plain": op.PLAIN, "int8": op.INT8, "int4": op.INT4, "int4 with zeros": op.INT4_ZEROS}
+
+
+def here():
+    found = []
+    for name in ISAS if extension.available() else ():
+        try:
+            extension.module.use_isa(name)
+            found.append(name)
+        except ValueError:  # not this processor's
+            pass
+    if found:
+        extension.module.use_isa()
+    return found
+
+
+@pytest.fixture(params=here())
+def isa(request):
+    extension.module.use_isa(request.param)
+    assert extension.instruction_set() == request.param
+    yield request.param
+    extension.module.use_isa()
+
+
+def fused(x, layers, mode=op.CONCATENATE):
+    tensors, spec = [], []
+    for layer in layers:
+        tensors += layer.tensors
+        spec += layer.spec
+    return torch.ops.acip.fused_linear(x, tensors, spec, mode)
+
+
+def exact(x, layers, mode=op.CONCATENATE):
+    tensors, spec = [], []
+    for layer in layers:
+        tensors += layer.tensors
+        spec += layer.spec
+    return reference.forward(x.double(), tensors, spec, mode)
+
+
+class Matrix:
+    """A random weight, its tensors and spec, and its values in float64."""
+
+    def __init__(self, generator, rows, cols, kind, dtype, group=32):
+        self.rows, self.cols = rows, cols
+        self.spec = [kind, cols, group if kind >= op.INT4 else 0]
+        if kind == op.PLAIN:
+            self.tensors = [operators.numbers(generator, rows, cols, dtype=dtype)]
+            self.values = self.tensors[0].double()
+            return
+        if kind == op.INT8:
+            codes = torch.randint(-127, 128, (rows, cols), generator=generator, dtype=torch.int8)
+            scales = torch.rand(rows, generator=generator) / 127 + 1e-3
+            self.tensors, self.values = [codes, scales], codes.double() * scales.double()[:, None]
+            return
+        groups, blocks = -(-cols // group), -(-cols // 64)
+        codes = torch.randint(0, 16, (rows, blocks * 64), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(rows, groups, generator=generator) / 8 + 1e-2).bfloat16()
+        zeros = torch.randint(0, 16, (rows, groups), generator=generator, dtype=torch.uint8)
+        halves = codes.view(rows, blocks, 2, 32)
+        packed = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, blocks * 32)
+        self.tensors = [packed, scales] + ([zeros] if kind == op.INT4_ZEROS else [])
+        zero = zeros.double() if kind == op.INT4_ZEROS else torch.full((rows, groups), 8.0, dtype=torch.float64)
+        of = torch.arange(cols) // group
+        self.values = (codes[:, :cols].double() - zero[:, of]) * scales.double()[:, of]
+
+
+class Layer:
+    def __init__(self, form, in_, out, rank, dtype, kind=op.PLAIN, *, s=False, bias=True, group=32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.out = out
+        shapes = {
+            op.DENSE: [(out, in_)],
+            op.FACTORS: [(rank, in_), (out, rank)],
+            op.PIVOTED: [(rank, in_), (out - rank, rank)],
+        }[form]
+        self.matrices = [Matrix(generator, *shape, kind, dtype, group) for shape in shapes]
+        self.spec = [form, s + 2 * bias, *itertools.chain(*(m.spec for m in self.matrices))]
+        self.tensors = [tensor for matrix in self.matrices for tensor in matrix.tensors]
+        self.place = torch.randperm(out, generator=generator)
+        if form == op.PIVOTED:
+            self.tensors.append(self.place.to(torch.int32))
+        self.s = operators.numbers(generator, rank, dtype=torch.float32) if s else None
+        self.bias = operators.numbers(generator, out, dtype=dtype) if bias else None
+        self.tensors += [tensor for tensor in (self.s, self.bias) if tensor is not None]
+        self.form = form
+
+    def magnitude(self, x):
+        """The sums of absolute values behind each output, float64."""
+        y = x.double().abs() @ self.matrices[0].values.abs().t()
+        if self.s is not None:
+            y = y * self.s.double().abs()
+        if self.form != op.DENSE:
+            second = y @ self.matrices[1].values.abs().t()
+            if self.form == op.PIVOTED:
+                whole = torch.empty(*x.shape[:-1], self.out, dtype=torch.float64)
+                whole[..., self.place] = torch.cat([y, second], -1)
+                y = whole
+            else:
+                y = second
+        return y if self.bias is None else y + self.bias.double().abs()
+
+    @property
+    def terms(self):
+        return sum(matrix.cols for matrix in self.matrices)
+
+
+def inputs(dtype, tokens, in_, seed=1):
+    return operators.numbers(torch.Generator().manual_seed(seed), tokens, in_, dtype=dtype)
+
+
+def bound(layer, x, dtype):
+    # z, its product with the bias's sum and the output are rounded; scales, s and the lanes' sums besides the terms.
+    return error_bound(dtype, layer.magnitude(x), roundings=3, sums=layer.terms + 40)
+
+
+SHAPES = [(1, 1, 1), (7, 6, 4), (33, 65, 17), (64, 64, 32), (130, 37, 33), (200, 300, 97)]
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
+def test_every_form_and_number_against_float64(isa, form, kind, dtype):
+    for number, (in_, out, rank) in enumerate(SHAPES):
+        group = (32, 64, 128)[number % 3]
+        layer = Layer(
+            form, in_, out, rank, dtype, KINDS[kind], s=form == op.FACTORS and number % 2 == 0, bias=number % 3 != 1,
+            group=group, seed=number,
+        )  # fmt: skip
+        for tokens in TOKENS:
+            x = inputs(dtype, tokens, in_)
+            y, want = fused(x, [layer]), exact(x, [layer])
+            assert y.dtype == dtype
+            assert_within(bound(layer, x, dtype), y, want, f"{in_} → {rank} → {out}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+def test_siblings_of_mixed_forms_and_kinds(isa, dtype):
+    layers = [
+        Layer(op.FACTORS, 70, 90, 33, dtype, seed=1, s=True),
+        Layer(op.DENSE, 70, 20, 0, dtype, op.INT8, seed=2, bias=False),
+        Layer(op.PIVOTED, 70, 20, 9, dtype, op.INT4_ZEROS, seed=3),
+        Layer(op.PIVOTED, 70, 5, 5, dtype, seed=4),
+    ]
+    for tokens in TOKENS:
+        x = inputs(dtype, tokens, 70)
+        y, want = fused(x, layers), exact(x, layers)
+        bounds = torch.cat([bound(layer, x, dtype) for layer in layers], -1)
+        assert_within(bounds, y, want, f"{tokens} tokens")
+        alone = torch.cat([fused(x, [layer]) for layer in layers], -1)
+        assert torch.equal(y, alone)  # to the bit: a row's sum is the same in any company
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "forms", [(op.FACTORS,) * 3, (op.DENSE, op.PIVOTED, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
+)
+def test_gated_mlp_and_swiglu(isa, forms, dtype):
+    gate, up, down = (
+        Layer(forms[0], 40, 66, 21, dtype, seed=1),
+        Layer(forms[1], 40, 66, 35, dtype, op.INT8, seed=2),
+        Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3),
+    )
+    for tokens in TOKENS:
+        x = inputs(dtype, tokens, 40) / 8
+        g, u = exact(x, [gate]), exact(x, [up])
+        dg, du = bound(gate, x, dtype), bound(up, x, dtype)
+        # silu's slope is at most 1.1 and |silu(g)| at most |g|; the exponential is good to some 10 units.
+        eps, small = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+        act = torch.nn.functional.silu(g) * u
+        act_bound = 1.1 * dg * (u.abs() + du) + g.abs() * du + (eps + 20 * small) * (g.abs() + dg) * (u.abs() + du)
+        assert_within(act_bound, fused(x, [gate, up], op.SWIGLU), exact(x, [gate, up], op.SWIGLU), "swiglu")
+        y, want = fused(x, [gate, up, down], op.GATED_MLP), exact(x, [gate, up, down], op.GATED_MLP)
+        through = Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3, bias=False).magnitude(act_bound)
+        assert_within(through + bound(down, act.abs() + act_bound, dtype), y, want, "mlp")
+
+
+def test_silu_of_large_and_missing_numbers(isa):
+    identity = torch.eye(4)
+    tensors, spec = [identity, identity], [op.DENSE, 0, op.PLAIN, 4, 0] * 2
+    x = torch.tensor([[200.0, -200.0, float("nan"), float("inf")]])
+    y = torch.ops.acip.fused_linear(x, tensors, spec, op.SWIGLU)
+    # An infinity meets the zeros of the other rows.
+    assert y.isnan().all()
+    x = torch.tensor([[200.0, -200.0, -1e30, 90.0]])
+    y = torch.ops.acip.fused_linear(x, tensors, spec, op.SWIGLU)
+    # e^-87 stands for all that is smaller, so the smallest are not zero.
+    assert torch.allclose(y, torch.nn.functional.silu(x) * x, rtol=1e-6, atol=1.7e-38 * float((x * x).max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_threads_and_stay_the_same(isa, kind):
+    for dtype in op.DTYPES:
+        layers = [Layer(form, 320, 500, 130, dtype, KINDS[kind], seed=form) for form in (op.FACTORS, op.PIVOTED)]
+        x = inputs(dtype, 3, 320)
+        results = []
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 1, 2):
+                torch.set_num_threads(threads)
+                results.append(fused(x, layers))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_uninitialized_is_read(isa, kind):
+    for dtype in op.DTYPES:
+        layer = Layer(op.FACTORS, 33, 41, 19, dtype, KINDS[kind])
+        other = Layer(op.FACTORS, 100, 100, 90, dtype)
+        x = inputs(dtype, 5, 33)
+        want = fused(x, [layer])
+        fused(torch.full((32, 100), float("nan"), dtype=dtype), [other])  # what is left of the stages' memory
+        torch.use_deterministic_algorithms(True)  # fresh memory is filled with NaN
+        try:
+            assert torch.equal(fused(x, [layer]), want)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+def test_rows_far_apart_and_misaligned(isa, dtype):
+    layer = Layer(op.FACTORS, 37, 29, 11, dtype)
+    x = inputs(dtype, 4, 37)
+    want = fused(x, [layer])
+
+    def apart(weight, offset):
+        wide = torch.full((weight.shape[0], weight.shape[1] + 5), float("nan"), dtype=dtype)
+        wide[:, offset : offset + weight.shape[1]] = weight
+        return wide[:, offset : offset + weight.shape[1]]
+
+    for offset in (0, 1, 3):
+        layer.tensors[:2] = [apart(matrix.tensors[0], offset) for matrix in layer.matrices]
+        assert torch.equal(fused(x, [layer]), want)
+    strided = torch.empty(4, 74, dtype=dtype)
+    strided[:, ::2] = x
+    assert torch.equal(fused(strided[:, ::2], [layer]), want)
+    assert torch.equal(fused(x.view(2, 2, 37), [layer]), want.view(2, 2, 29))
+
+
+def test_no_tokens_no_rank_no_outputs(isa):
+    layer = Layer(op.FACTORS, 5, 6, 3, torch.float32)
+    assert fused(torch.empty(0, 5), [layer]).shape == (0, 6)
+    assert fused(torch.empty(2, 0, 5), [layer]).shape == (2, 0, 6)
+    bias = torch.arange(6.0)
+    tensors = [torch.empty(0, 5), torch.empty(6, 0), bias]
+    y = torch.ops.acip.fused_linear(torch.ones(2, 5), tensors, [op.FACTORS, 2, op.PLAIN, 5, 0, op.PLAIN, 0, 0], 0)
+    assert torch.equal(y, bias.expand(2, 6))
+    y = torch.ops.acip.fused_linear(torch.ones(5), layer.tensors, layer.spec, 0)
+    assert y.shape == (6,)
+
+
+def test_what_does_not_fit_is_refused():
+    layer = Layer(op.PIVOTED, 40, 20, 7, torch.float32, op.INT4_ZEROS)
+    x = inputs(torch.float32, 2, 40)
+    fused(x, [layer])
+    P, P_scales, P_zeros, C, C_scales, C_zeros, place, bias = layer.tensors
+
+    def refused(message, tensors=layer.tensors, spec=layer.spec, mode=0, x=x):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.acip.fused_linear(x, list(tensors), list(spec), mode)
+
+    refused("ends too early", spec=layer.spec[:-1])
+    refused("no mode", mode=3)
+    refused("takes 3 layers", mode=2)
+    refused("x must be", x=x[:, :-1])
+    refused("x must be float32", x=x.double())
+    refused("no layer is of form", spec=[9, *layer.spec[1:]])
+    refused("no matrix is of kind", spec=[*layer.spec[:2], 7, *layer.spec[3:]])
+    refused("a group must be", spec=[*layer.spec[:4], 48, *layer.spec[5:]])
+    refused("only two factors have an s", spec=[2, 3, *layer.spec[2:]])
+    refused("more than spec", tensors=[*layer.tensors, bias])
+    refused("and no a bias", tensors=layer.tensors[:-1])
+    refused("must be contiguous", tensors=[P, P_scales[:-1], P_zeros, C, C_scales, C_zeros, place, bias])
+    refused("must be a CPU tensor", tensors=[P, P_scales.float(), P_zeros, C, C_scales, C_zeros, place, bias])
+    refused("columns", tensors=[P[:, :-1], P_scales, P_zeros, C, C_scales, C_zeros, place, bias])
+    refused("places must be of", tensors=[P, P_scales, P_zeros, C, C_scales, C_zeros, place + 1, bias])
+    refused("contiguous rows", tensors=[P.t().contiguous().t(), P_scales, P_zeros, C, C_scales, C_zeros, place, bias])
+    refused(
+        "a bias must be a CPU tensor of Float",
+        tensors=[P, P_scales, P_zeros, C, C_scales, C_zeros, place, bias.double()],
+    )
+    plain = Layer(op.FACTORS, 40, 20, 7, torch.float32, bias=False)
+    refused("second weight", tensors=[plain.tensors[0], plain.tensors[1][:, :-1]],
+            spec=[op.FACTORS, 0, op.PLAIN, 40, 0, op.PLAIN, 6, 0])  # fmt: skip
+    refused("siblings", tensors=[torch.ones(3, 40), torch.ones(3, 41)],
+            spec=[op.DENSE, 0, op.PLAIN, 40, 0, op.DENSE, 0, op.PLAIN, 41, 0])  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_wrong_arguments_raise_and_never_crash(data):
+    """A valid call, of which something is changed at random: it is refused, or it computes something."""
+    form, kind = data.draw(st.sampled_from((0, 1, 2))), data.draw(st.sampled_from((0, 1, 2, 3)))
+    dtype = data.draw(st.sampled_from(op.DTYPES))
+    layer = Layer(form, 9, 12, 5, dtype, kind, s=form == 1, seed=data.draw(st.integers(0, 9)))
+    tensors, spec = list(layer.tensors), list(layer.spec)
+    x = inputs(dtype, 2, 9)
+    for _ in range(data.draw(st.integers(1, 3))):
+        what = data.draw(st.sampled_from(("number", "drop number", "add number", "drop", "swap", "slice", "cast", "x")))
+        at = data.draw(st.integers(0, len(tensors) - 1)) if tensors else 0
+        place = data.draw(st.integers(0, len(spec) - 1)) if spec else 0
+        if what == "number" and spec:
+            spec[place] = data.draw(st.one_of(st.integers(-2, 130), st.sampled_from((2**62, -(2**62), 2**40 + 1))))
+        elif what == "drop number" and spec:
+            del spec[place]
+        elif what == "add number":
+            spec.insert(place, data.draw(st.integers(-1, 64)))
+        elif what == "drop" and tensors:
+            del tensors[at]
+        elif what == "swap" and tensors:
+            other = data.draw(st.integers(0, len(tensors) - 1))
+            tensors[at], tensors[other] = tensors[other], tensors[at]
+        elif what == "slice" and tensors and tensors[at].numel():
+            tensors[at] = tensors[at][data.draw(st.integers(0, 1)) :].t()[data.draw(st.integers(0, 1)) :].t() \
+                if tensors[at].dim() == 2 else tensors[at][1:]  # fmt: skip
+        elif what == "cast" and tensors:
+            to = data.draw(st.sampled_from((torch.float32, torch.float64, torch.int64, torch.uint8, torch.bfloat16)))
+            tensors[at] = tensors[at].to(to)
+        elif what == "x":
+            x = inputs(dtype, 2, 9)
+            x = data.draw(st.sampled_from((x[:, :-1], x[0, 0], x[:0], x.t(), x.to(torch.int64), x.double())))
+    try:
+        y = torch.ops.acip.fused_linear(x, tensors, spec, data.draw(st.integers(-1, 3)))
+    except RuntimeError:
+        return
+    assert y.shape[:-1] == x.shape[:-1]
+
+
+# ---- as the backend of the public operators, and to the compiler
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+def test_the_public_operators_take_it(isa, dtype):
+    for tokens in (1, 4, 40):  # 40: torch's products
+        problem = operators.make_problem((tokens,), 30, 20, 9, dtype)
+        y = lowrank_linear(problem.x, problem.Vh, problem.U, problem.s, problem.bias, backend="native")
+        wide = [t.double() for t in (problem.x, problem.Vh, problem.U, problem.s, problem.bias)]
+        assert_within(operators.bounds(problem, problem.s)["y"], y, lowrank_linear(*wide), "y")
+        layer = Layer(op.PIVOTED, 30, 20, 9, dtype)
+        P, C, place, bias = layer.tensors
+        inverse = place.long().argsort()
+        y = pivot_linear(problem.x, P, C, inverse, bias, backend="native")
+        want = pivot_linear(*(t.double() for t in (problem.x, P, C)), inverse, bias.double())
+        assert_within(bound(layer, problem.x, dtype), y, want, "pivoted")
+    with pytest.raises(RuntimeError, match="float32, torch.bfloat16, torch.float16"):
+        lowrank_linear(*wide, backend="native")
+
+
+def test_compiler_flops_and_fake_tensors():
+    layers = [Layer(op.FACTORS, 12, 20, 5, torch.float32), Layer(op.PIVOTED, 12, 9, 4, torch.float32, op.INT4)]
+    x = inputs(torch.float32, 3, 12)
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    spec = [number for layer in layers for number in layer.spec]
+    want = fused(x, layers)
+    compiled = torch.compile(lambda x: torch.ops.acip.fused_linear(x, tensors, spec, 0) * 2, fullgraph=True)
+    assert torch.equal(compiled(x), want * 2)
+    torch.library.opcheck(
+        torch.ops.acip.fused_linear.default, (x, tensors, spec, 0), test_utils=("test_schema", "test_faketensor")
+    )
+    with FlopCounterMode(display=False) as counter:
+        fused(x, layers)
+    assert counter.get_total_flops() == 2 * 3 * (5 * 12 + 20 * 5 + 4 * 12 + 5 * 4)
+    mlp = [
+        Layer(op.DENSE, 8, 10, 0, torch.float32),
+        Layer(op.DENSE, 8, 10, 0, torch.float32),
+        Layer(op.DENSE, 10, 8, 0, torch.float32),
+    ]
+    meta = [tensor.to("meta") for layer in mlp for tensor in layer.tensors]
+    shape = op._fake(torch.empty(2, 8, device="meta"), meta, [n for layer in mlp for n in layer.spec], op.GATED_MLP)
+    assert shape.shape == (2, 8)
