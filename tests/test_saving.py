@@ -403,6 +403,9 @@ def test_without_our_import_a_model_loads_right_or_not_at_all(root, llama, tmp_p
         result = toys.toy_result(AutoModelForCausalLM.from_pretrained(make_base(root, name)))
         save(materialize(result, 0.6), tmp_path / f"{name}-low")
         AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-low").save_pretrained(tmp_path / f"{name}-again")
+        for size_ratio in (0.6, 1.0):  # the latter all dense
+            save(materialize(result, size_ratio, quantize="int8"), tmp_path / f"{name}-int8-{size_ratio}")
+            wrong.append(tmp_path / f"{name}-int8-{size_ratio}")
         wrong += [tmp_path / f"{name}-low", tmp_path / f"{name}-again"]
         save(materialize(result, 1.0), tmp_path / f"{name}-dense")
         assert "quantization_config" not in json.loads((tmp_path / f"{name}-dense" / "config.json").read_text())
@@ -601,7 +604,7 @@ WRONG = {
         with_fields(lambda top, ours: top.update(quantization_config="acip")),
         "quantization_config",
     ),
-    "a newer format": (ALL, with_fields(lambda top, ours: ours.update(format_version=3)), "format_version is 3"),
+    "a newer format": (ALL, with_fields(lambda top, ours: ours.update(format_version=4)), "format_version is 4"),
     "format_version is text": (ALL, with_fields(lambda top, ours: ours.update(format_version="1")), "format_version"),
     "unknown kind": (ALL, with_fields(lambda top, ours: ours.update(kind="liquid")), "kind is 'liquid'"),
     "a kind of memory": (ALL, with_fields(lambda top, ours: ours.update(kind="factorized")), "kind is 'factorized'"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..nn import LowRankLinear, PivotLinear, SVDLinear
+from ..nn.quantized_linear import QuantizedLinear
 from .config import CompressionConfig
 from .progress import RunProgress
 from .result import CompressionResult
@@ -42,13 +43,16 @@ def finetune(
         A `CompressionResult`: `materialize(result, size_ratio=1.0)` merges the adapters of a materialized model.
 
     Raises:
-        ValueError: a model without low-rank layers; batches that are used up and cannot be started again.
+        ValueError: a model without low-rank layers, or with quantized ones; batches that are used up and cannot be
+            started again.
         FloatingPointError: a loss or gradient that is not finite; the parameters are those before that step.
     """
     size_ratio = model.size_ratio if isinstance(model, CompressionResult) else 1.0
     model = model.model if isinstance(model, CompressionResult) else model
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("the model's weights are quantized: finetune it before that, and quantize what comes of it")
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

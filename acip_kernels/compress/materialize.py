@@ -13,9 +13,12 @@ from ..models import quantizer
 from ..nn import LowRankLinear, PivotLinear, SVDLinear
 from ..nn.nested_linear import balanced
 from ..nn.pivot_linear import pack_bits, unpack_bits
+from ..nn.quantized_linear import QuantizedLinear
+from ..ops.quantize import Quantized, Scheme
 from .basis import damped_cholesky
 from .factorize import svd_layers
 from .pivot import pivot_form
+from .quantized import quantized_tensors
 from .sizing import FORMS, Sizing, check_size_ratio
 
 log = logging.getLogger("acip_kernels")
@@ -47,11 +50,11 @@ class Cut:
 
     @property
     def parameters(self) -> int:
-        """Numbers stored in the whole file."""
-        return int(self.sizing.parameters(self.ranks).sum()) + self.sizing.rest
+        """Elements of the tensors of the whole file; where layers are quantized, a byte of two codes is one."""
+        return self.sizing.elements(self.ranks)
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the file's tensors, with weights in `dtype`."""
+        """Bytes of the file's tensors, with what is not quantized in `dtype`."""
         return self.sizing.bytes(self.ranks, dtype.itemsize)
 
     @property
@@ -103,15 +106,25 @@ def plan_cut(
 
 
 def model_cut(
-    model: nn.Module, size_ratio: float, *, rank_multiple: int = 1, forms: tuple[str, ...] = FORMS, **options
+    model: nn.Module,
+    size_ratio: float,
+    *,
+    rank_multiple: int = 1,
+    forms: tuple[str, ...] = FORMS,
+    scheme: Scheme | None = None,
+    **options,
 ) -> Cut:
-    """`plan_cut` of a model with `SVDLinear` layers, by the scores that they hold."""
+    """`plan_cut` of a model with `SVDLinear` layers, by the scores that they hold.
+
+    scheme: how the weights will be quantized; it decides the forms and the bytes, not what stays.
+    """
     layers = svd_layers(model)
     trained = any(layer.adapter_rank and bool(layer.lora_B.any()) for layer in layers.values())
+    storage = {"rank_multiple": rank_multiple, "forms": forms, "scheme": scheme}
     return plan_cut(
         {name: layer.scores for name, layer in layers.items()},
-        Sizing.of(model, rank_multiple=rank_multiple, forms=forms),
-        Sizing.of(model, adapters=False, rank_multiple=rank_multiple, forms=forms),
+        Sizing.of(model, **storage),
+        Sizing.of(model, adapters=False, **storage),
         size_ratio,
         trained=trained,
         **options,
@@ -129,6 +142,9 @@ def materialize(
     forms: tuple[str, ...] = FORMS,
     covariances: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+    quantize_group: int = 64,
+    quantize_symmetric: bool = False,
 ) -> nn.Module:
     """An ordinary, independent model of size `size_ratio`; what it is made from stays as it is and can be cut again.
 
@@ -147,15 +163,23 @@ def materialize(
         rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
         forms: what layers may be stored as, some of "dense", "factors" and "pivoted"; the ranks that a size allows
             depend on it.
-        covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate": so
-            that the error of the outputs is the least, instead of that of the weights.
+        covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate" and
+            for quantize: so that the error of the outputs is the least, instead of that of the weights.
         dtype: of the new weights; None for the factors' own.
+        quantize: "int8" or "int4" for the weights of all layers that were factorized, whatever their form (see
+            `ops.quantize`); None for none. The same singular values stay, and each layer takes the form that then has
+            the fewest bytes. Biases and everything else keep `dtype`.
+        quantize_group: numbers of a row with one scale, 32, 64 or 128 (int4). quantize_symmetric: without zero points
+            (int4): fewer bytes, larger errors.
 
     Raises:
-        ValueError: a target that is out of range or cannot be reached, or a model that is not factorized.
+        ValueError: a target that is out of range or cannot be reached, a model that is not factorized, or options of
+            `quantize` that do not exist.
     """
+    scheme = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
     model = model_or_result if isinstance(model_or_result, nn.Module) else model_or_result.model
-    cut = model_cut(model, size_ratio, count=count, adapters=adapters, rank_multiple=rank_multiple, forms=forms)
+    storage = {"rank_multiple": rank_multiple, "forms": forms, "scheme": scheme}
+    cut = model_cut(model, size_ratio, count=count, adapters=adapters, **storage)
     form, memo = cut.forms, {}
     for name, layer in svd_layers(model).items():
         A, B = (layer.lora_A, layer.lora_B) if layer.adapter_rank and cut.adapters != "drop" else (None, None)
@@ -171,9 +195,10 @@ def materialize(
             truncate=cut.adapters == "truncate",
             covariance=(covariances or {}).get(name),
             dtype=dtype or layer.U.dtype,
+            scheme=scheme,
         )
         # A deep copy that meets a layer finds its replacement, wherever the layer is referred to.
-        memo[id(layer)] = _module(tensors, layer).train(layer.training)
+        memo[id(layer)] = _module(tensors, layer, scheme, dtype or layer.U.dtype).train(layer.training)
     # The quantizer of a factorized model says that it cannot be saved; the new model gets its own.
     attached = model.__dict__.pop("hf_quantizer", None)
     try:
@@ -202,6 +227,7 @@ def layer_tensors(
     truncate: bool,
     covariance: Tensor | None = None,
     dtype: torch.dtype,
+    scheme: Scheme | None = None,
 ) -> dict[str, Tensor]:
     """A layer's weights, from its live `U [out, ρ]`, `S [ρ]`, `Vh [ρ, in]` and its adapter `A [r, in]`, `B [out, r]`.
 
@@ -214,6 +240,7 @@ def layer_tensors(
         "factors": `Vh.weight [rank, in]` and `U.weight [out, rank]`, each rank's two parts of equal norm, so that
             both have the same scale in a narrow dtype;
         "pivoted": `P.weight [rank, in]`, `C.weight [out - rank, rank]` and `is_pivot`, see `PivotLinear`.
+        With a `scheme`, each weight's place is taken by `qweight`, `scales` and, if it has them, `zeros`.
     """
     rank = S.shape[0]
     precise = S.dtype
@@ -221,9 +248,7 @@ def layer_tensors(
     if A is not None:
         left = torch.cat([left, B.to(precise) * scaling], dim=1)
         right = torch.cat([right, A.to(precise)])
-    if form == "dense":
-        return {"weight": (left @ right).to(dtype)}
-    if truncate and A is not None:
+    if form != "dense" and truncate and A is not None:
         L = None if covariance is None else damped_cholesky(covariance, right.device)
         weighted = right if L is None else right.double() @ L
         Q_left, R_left = torch.linalg.qr(left.to(weighted.dtype))
@@ -233,6 +258,10 @@ def layer_tensors(
         if L is not None:
             right = torch.linalg.solve_triangular(L, right, upper=False, left=False)
         left, right = balanced(left, inner_S[:rank], right)
+    if scheme is not None:
+        return quantized_tensors(left, right, form, scheme, covariance)
+    if form == "dense":
+        return {"weight": (left @ right).to(dtype)}
     if form == "factors":
         return {"Vh.weight": right.to(dtype).contiguous(), "U.weight": left.to(dtype).contiguous()}
     P, C, pivots = pivot_form(left, right)
@@ -243,10 +272,15 @@ def layer_tensors(
     }
 
 
-def _module(tensors: dict[str, Tensor], layer: SVDLinear) -> nn.Module:
-    """An `nn.Linear`, `Conv1D`, `LowRankLinear` or `PivotLinear` with `tensors` and a copy of `layer`'s bias."""
-    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+def _module(tensors: dict[str, Tensor], layer: SVDLinear, scheme: Scheme | None, dtype: torch.dtype) -> nn.Module:
+    """The module whose weights are `tensors`, with a copy of `layer`'s bias.
+
+    An `nn.Linear`, `Conv1D`, `LowRankLinear` or `PivotLinear`; or, of a `scheme`, a `QuantizedLinear` or one of the
+    latter two with such children.
+    """
     bias = None if layer.bias is None else layer.bias.to(dtype, copy=True)
+    if scheme is not None:
+        return _quantized_module(tensors, layer, bias, scheme, dtype)
     if "U.weight" in tensors:
         return LowRankLinear.from_factors(tensors["Vh.weight"], tensors["U.weight"], bias)
     if "P.weight" in tensors:
@@ -266,4 +300,29 @@ def _module(tensors: dict[str, Tensor], layer: SVDLinear) -> nn.Module:
     module.weight = nn.Parameter(weight)
     if bias is not None:
         module.bias = nn.Parameter(bias.to(weight.dtype))
+    return module
+
+
+def _quantized_module(tensors, layer: SVDLinear, bias: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> nn.Module:
+    out, in_ = layer.out_features, layer.in_features
+
+    def linear(name: str, cols: int, bias: Tensor | None = None) -> QuantizedLinear:
+        parts = (tensors.get(name + part) for part in Quantized._fields)
+        return QuantizedLinear.from_quantized(Quantized(*parts), cols, bias, group=scheme.group, dtype=dtype)
+
+    if "qweight" in tensors:
+        return linear("", in_, bias)
+    options = {"bias": bias is not None, "device": "meta", "dtype": dtype}
+    if "U.qweight" in tensors:
+        rank = len(tensors["Vh.qweight"])
+        module = LowRankLinear(in_, out, rank, **options)
+        module.Vh, module.U = linear("Vh.", in_), linear("U.", rank, bias)
+    else:
+        rank = len(tensors["P.qweight"])
+        module = PivotLinear(in_, out, rank, **options)
+        module.P, module.C = linear("P.", in_), linear("C.", rank)
+        module.is_pivot = tensors["is_pivot"]
+        if bias is not None:
+            module.bias = nn.Parameter(bias)
+    module.weight = torch.empty(0, device=layer.U.device, dtype=dtype)
     return module

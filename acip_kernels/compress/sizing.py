@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import SVDLinear
+from ..ops.quantize import Scheme, stored_bytes, stored_elements
 from .config import FORMS, check_forms
 from .factorize import svd_layers
 
@@ -41,8 +42,13 @@ class Sizing:
     - `factorized`: the weights of the factorized layers alone, as they are stored;
     - `stored`: every parameter in the file, embeddings, norms and biases too.
 
+    Both count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio as without
+    one, but each layer takes the form of the fewest bytes as it is quantized, and `bytes` and `elements` count codes,
+    scales and zeros.
+
     Fields: `names` of the layers; `out`, `in_`, `full_rank`, `adapter_rank`, int64 `[layers]`, in that order;
-    `rest`, the parameters of everything else in the file; `rank_multiple`; `forms`.
+    `rest`, the parameters of everything else in the file; `rank_multiple`; `forms`; `scheme`, how the layers' weights
+    are quantized, or None.
     """
 
     names: tuple[str, ...]
@@ -53,10 +59,17 @@ class Sizing:
     rest: int
     rank_multiple: int = 1
     forms: tuple[str, ...] = FORMS
+    scheme: Scheme | None = None
 
     @classmethod
     def of(
-        cls, model: nn.Module, *, adapters: bool = True, rank_multiple: int = 1, forms: tuple[str, ...] = FORMS
+        cls,
+        model: nn.Module,
+        *,
+        adapters: bool = True,
+        rank_multiple: int = 1,
+        forms: tuple[str, ...] = FORMS,
+        scheme: Scheme | None = None,
     ) -> Sizing:
         """The sizing of a model with `SVDLinear` layers; `adapters=False` leaves them out of every count."""
         if not isinstance(rank_multiple, int) or rank_multiple < 1:
@@ -80,6 +93,7 @@ class Sizing:
             sum(rest.values()) + biases,
             rank_multiple,
             check_forms(forms),
+            scheme,
         )
 
     @property
@@ -92,7 +106,7 @@ class Sizing:
         return -(-(ranks + self.adapter_rank[layers]) // self.rank_multiple) * self.rank_multiple
 
     def parameters(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
-        """Weights stored by each layer at live `ranks`, int64; a layer takes the smallest of its forms."""
+        """Weights of each layer at live `ranks` in the smallest of its forms, int64: what size ratios count."""
         return self.form_sizes(ranks, layers).amin(0)
 
     def form_sizes(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
@@ -111,14 +125,43 @@ class Sizing:
         return -(-self.out // 8)
 
     def bytes(self, ranks: Tensor, itemsize: int) -> int:
-        """Bytes of all tensors in the file at live `ranks` [layers], with weights of `itemsize` bytes each."""
-        pivoted = self.form_sizes(ranks).argmin(0) == FORMS.index("pivoted")
+        """Bytes of all tensors in the file at live `ranks` [layers], with plain weights of `itemsize` bytes each."""
+        if self.scheme is not None:
+            return int(self._quantized(ranks, stored_bytes).amin(0).sum()) + self.rest * itemsize
+        pivoted = self._choices(ranks) == FORMS.index("pivoted")
         bits = int(self._pivot_bytes[pivoted].sum())
         return (int(self.parameters(ranks).sum()) + self.rest - bits) * itemsize + bits
 
+    def elements(self, ranks: Tensor) -> int:
+        """Elements of all tensors in the file at live `ranks` [layers]; a byte of two codes or eight bits is one."""
+        if self.scheme is not None:
+            sizes = self._quantized(ranks, stored_elements).gather(0, self._choices(ranks)[None])
+            return int(sizes.sum()) + self.rest
+        return int(self.parameters(ranks).sum()) + self.rest
+
     def forms_of(self, ranks: Tensor) -> dict[str, str]:
         """The form that each layer takes at live `ranks`; of equal ones the first of FORMS."""
-        return {name: FORMS[i] for name, i in zip(self.names, self.form_sizes(ranks).argmin(0).tolist(), strict=True)}
+        return {name: FORMS[i] for name, i in zip(self.names, self._choices(ranks).tolist(), strict=True)}
+
+    def _choices(self, ranks: Tensor) -> Tensor:
+        """The place in FORMS of each layer's form, int64 `[layers]`."""
+        sizes = self.form_sizes(ranks) if self.scheme is None else self._quantized(ranks, stored_bytes)
+        return sizes.argmin(0)
+
+    def _quantized(self, ranks: Tensor, size) -> Tensor:
+        """`size`, `stored_bytes` or `stored_elements`, of each layer in each of FORMS, as in `form_sizes`."""
+        rank, out, in_, options = self.ranks_stored(ranks), self.out, self.in_, self.scheme.options
+        first = size(rank, in_, **options)
+        sizes = torch.stack(
+            [
+                size(out, in_, **options),
+                first + size(out, rank, **options),
+                first + size(out - rank, rank, **options) + self._pivot_bytes,
+            ]
+        )
+        plain = self.form_sizes(ranks)
+        never = torch.iinfo(torch.int64).max
+        return torch.where(plain == never, never, sizes)
 
     def ratio(self, ranks: Tensor, count: str = "factorized") -> float:
         """The size ratio at live `ranks` [layers]."""

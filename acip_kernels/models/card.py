@@ -6,6 +6,8 @@ import pathlib
 
 from torch import nn
 
+from ..ops.quantize import Scheme
+
 
 def model_card(model: nn.Module, result, base_model: str | None) -> str:
     """A model card for the Hugging Face Hub. `result` is the `CompressionResult` that holds `model`."""
@@ -32,7 +34,7 @@ def model_card(model: nn.Module, result, base_model: str | None) -> str:
     else:
         size = f"{100 * fields['size_ratio']:.0f} %" if "size_ratio" in fields else "full size"
         lines += [
-            f"The linear layers are low-rank, at {size} of their size.",
+            f"The linear layers are low-rank, at {size} of their size{_quantization(fields)}.",
             "",
             "```python",
             "import acip_kernels  # knows the low-rank layers; without it, loading stops with a size mismatch",
@@ -45,6 +47,9 @@ def model_card(model: nn.Module, result, base_model: str | None) -> str:
     ]
     if "adapters" in fields:
         rows.append(("adapters", fields["adapters"]))
+    if fields.get("quantized"):
+        quantized = {key: value for key, value in fields["quantized"].items() if key != "dense"}
+        rows.append(("weights of these layers", str(Scheme.from_dict(quantized))))
     if fields.get("ranks"):
         ranks = list(fields["ranks"].values())
         rows.append(("low-rank layers", f"{len(ranks)}, of rank {min(ranks)} to {max(ranks)}"))
@@ -56,3 +61,7 @@ def model_card(model: nn.Module, result, base_model: str | None) -> str:
     source = "[Choose Your Model Size](https://arxiv.org/abs/2502.01717)"
     lines += ["", f"Method: ACIP, {source}. `size_ratio` is what is left of the dense model.", ""]
     return "\n".join(lines)
+
+
+def _quantization(fields: dict) -> str:
+    return f", with weights of {fields['quantized']['bits']} bits" if fields.get("quantized") else ""

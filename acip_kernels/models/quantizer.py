@@ -20,12 +20,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..nn import LowRankLinear, PivotLinear, SVDLinear
+from ..nn.quantized_linear import QuantizedLinear
+from ..ops.quantize import Scheme
 from .targets import linear_layers, weight_of
 
 log = logging.getLogger("acip_kernels")
 
-# 2: with the pivoted form. A file of version 1 has none, and is read as before.
-FORMAT_VERSION = 2
+# 2: with the pivoted form; 3: with quantized weights. A file is of the lowest version that knows what it has.
+FORMAT_VERSION = 3
 
 LAYER_OPTIONS = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
 
@@ -36,12 +38,21 @@ class AcipConfig(QuantizationConfigMixin):
     kind: "materialized": ordinary layers, low-rank where `ranks` names them; "elastic": factors, scores and
         adapters, from which any size is cut by `acip_kernels.load`.
     ranks: `{module name: rank}` of every `LowRankLinear` and `PivotLinear`; pivoted: names of the latter.
+    quantized: `{"bits", "group", "symmetric", "dense"}` if the weights of all these are quantized, and those of the
+        layers named in "dense", which are `QuantizedLinear`s; see `ops.quantize`.
     size_ratio, count: the target that the model was cut for; factorized, stored: what it came to, in either count.
     layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`. Other fields are kept.
     """
 
     def __init__(
-        self, kind="materialized", ranks=None, layers=None, pivoted=(), format_version=FORMAT_VERSION, **fields
+        self,
+        kind="materialized",
+        ranks=None,
+        layers=None,
+        pivoted=(),
+        quantized=None,
+        format_version=FORMAT_VERSION,
+        **fields,
     ):
         self.quant_method = "acip"
         fields.pop("quant_method", None)
@@ -55,7 +66,7 @@ class AcipConfig(QuantizationConfigMixin):
         for field, value in (("ranks", ranks), ("layers", layers)):
             if value is not None and not isinstance(value, dict):
                 raise ValueError(f"quantization_config: {field} must be an object by layer, got {value!r}")
-        self.format_version, self.kind = FORMAT_VERSION, kind
+        self.kind = kind
         self.ranks, self.layers = dict(ranks or {}), dict(layers or {})
         for name, options in self.layers.items():
             _check_layer_options(name, options)
@@ -65,13 +76,35 @@ class AcipConfig(QuantizationConfigMixin):
         if not isinstance(pivoted, list | tuple) or any(name not in self.ranks for name in pivoted):
             raise ValueError(f"quantization_config: pivoted must be a list of names in ranks, got {pivoted!r}")
         self.pivoted = list(pivoted)
+        self.quantized = _checked_quantized(quantized, self.ranks)
+        self.format_version = 3 if self.quantized else 2
         for key, value in fields.items():
             setattr(self, key, value)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in super().to_dict().items() if key not in ("ranks", "layers", "pivoted") or value
-        }
+        optional = ("ranks", "layers", "pivoted", "quantized")
+        return {key: value for key, value in super().to_dict().items() if key not in optional or value}
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantized, or None."""
+        fields = {key: value for key, value in self.quantized.items() if key != "dense"}
+        return Scheme.from_dict(fields) if fields else None
+
+
+def _checked_quantized(quantized, ranks: dict[str, int]) -> dict:
+    if quantized is None:
+        return {}
+    if not isinstance(quantized, dict) or "dense" not in quantized:
+        raise ValueError(f"quantization_config: quantized must be an object with bits and dense, got {quantized!r}")
+    dense = quantized["dense"]
+    if not isinstance(dense, list | tuple) or any(not isinstance(name, str) or name in ranks for name in dense):
+        raise ValueError(f"quantization_config: quantized: dense must be a list of names not in ranks, got {dense!r}")
+    try:
+        Scheme.from_dict({key: value for key, value in quantized.items() if key != "dense"})
+    except ValueError as error:
+        raise ValueError(f"quantization_config: {error}") from None
+    return {**quantized, "dense": list(dense)}
 
 
 def _check_layer_options(name: str, options) -> None:
@@ -107,7 +140,7 @@ class AcipQuantizer(HfQuantizer):
             for layer in _svd_layers(model):
                 layer.weight = torch.empty(0)
             return
-        put_lowrank_layers(model, config.ranks, config.pivoted)
+        put_layers(model, config)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for layer in _svd_layers(model):
@@ -151,21 +184,27 @@ def layers_to_replace(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Mo
     return found
 
 
-def put_lowrank_layers(model: nn.Module, ranks: dict[str, int], pivoted: Iterable[str] = ()) -> None:
-    """Replace linear layers by `LowRankLinear`s of these ranks on the same device, to load a state into.
-
-    `pivoted` are those that become `PivotLinear`s instead.
-    """
-    pivoted = set(pivoted)
-    for name, layer in layers_to_replace(model, ranks).items():
-        rank, (out_features, in_features) = ranks[name], weight_of(layer).shape
-        if rank > min(in_features, out_features):
-            raise ValueError(
-                f"quantization_config: ranks[{name!r}] is {rank}, but the layer is [{out_features}, {in_features}]"
-            )
+def put_layers(model: nn.Module, config: AcipConfig) -> None:
+    """Replace linear layers by those that `config` names, on the same device, to load a state into."""
+    scheme, dense = config.scheme, set(config.quantized.get("dense", ()))
+    for name, layer in layers_to_replace(model, [*config.ranks, *sorted(dense)]).items():
+        out_features, in_features = weight_of(layer).shape
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        kind = PivotLinear if name in pivoted else LowRankLinear
-        model.set_submodule(name, kind(in_features, out_features, rank, layer.bias is not None, **like))
+        if name in dense:
+            new = QuantizedLinear(in_features, out_features, layer.bias is not None, **scheme.options, **like)
+        else:
+            rank = config.ranks[name]
+            if rank > min(in_features, out_features):
+                raise ValueError(
+                    f"quantization_config: ranks[{name!r}] is {rank}, but the layer is [{out_features}, {in_features}]"
+                )
+            kind = PivotLinear if name in config.pivoted else LowRankLinear
+            new = kind(in_features, out_features, rank, layer.bias is not None, **like)
+            if scheme is not None:
+                for child_name, child in list(new.named_children()):
+                    sizes = child.in_features, child.out_features, child.bias is not None
+                    setattr(new, child_name, QuantizedLinear(*sizes, **scheme.options, **like))
+        model.set_submodule(name, new)
 
 
 def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
@@ -188,6 +227,11 @@ def _svd_layers(model: nn.Module) -> list[SVDLinear]:
     return [module for module in model.modules() if isinstance(module, SVDLinear)]
 
 
+def quantized_layers(model: nn.Module) -> list[str]:
+    """The names of all `QuantizedLinear`s."""
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+
+
 def svd_layer_options(layer: SVDLinear) -> dict:
     """What `put_svd_layers` needs to make `layer` again, apart from its tensors; JSON."""
     return {name: getattr(layer, name) for name in LAYER_OPTIONS}
@@ -200,22 +244,36 @@ def attach_factorized(model: PreTrainedModel) -> None:
 
 
 def attach_materialized(model: PreTrainedModel, **about) -> None:
-    """Put the ranks of `model`'s low-rank layers into its config, so that `save_pretrained` and loading work."""
+    """Put what `model`'s layers are into its config, so that `save_pretrained` and loading work."""
     lowrank = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear | PivotLinear)}
     ranks = {name: module.rank for name, module in lowrank.items()}
     pivoted = [name for name, module in lowrank.items() if isinstance(module, PivotLinear)]
-    describe(model.config, ranks, pivoted, **about)
-    model.hf_quantizer = AcipQuantizer(AcipConfig(**model.config.quantization_config)) if ranks else None
+    fields = describe(model.config, ranks, pivoted, **about)
+    known = (fields or {}).get("quantized", {}).get("dense", ())
+    strange = [name for name in quantized_layers(model) if name not in known and name.rpartition(".")[0] not in ranks]
+    if strange:
+        raise ValueError(f"{strange[0]} was quantized before, and the model's config cannot say so")
+    model.hf_quantizer = None if fields is None else AcipQuantizer(AcipConfig(**fields))
     _be_ordinary(model)
 
 
-def describe(config, ranks: dict[str, int], pivoted: list[str], *, size_ratio: float, count: str, cut) -> None:
-    """Write into a model's `config` what a materialized model is; nothing if plain transformers can load it."""
-    if ranks:
+def describe(config, ranks: dict[str, int], pivoted: list[str], *, size_ratio: float, count: str, cut) -> dict | None:
+    """Write into a model's `config` what a materialized model is; nothing if plain transformers can load it.
+
+    Returns the fields written, or None.
+    """
+    scheme, quantized = cut.sizing.scheme, None
+    if scheme is not None:
+        quantized = scheme.to_dict() | {"dense": [name for name, form in cut.forms.items() if form == "dense"]}
+    if ranks or quantized:
         about = {"size_ratio": size_ratio, "count": count, "adapters": cut.adapters, **cut.ratios}
-        config.quantization_config = AcipConfig("materialized", ranks, pivoted=pivoted, **about).to_dict()
-    elif hasattr(config, "quantization_config"):
+        config.quantization_config = AcipConfig(
+            "materialized", ranks, pivoted=pivoted, quantized=quantized, **about
+        ).to_dict()
+        return config.quantization_config
+    if hasattr(config, "quantization_config"):
         del config.quantization_config
+    return None
 
 
 def _be_ordinary(model: PreTrainedModel) -> None:

@@ -21,6 +21,8 @@ from ..compress.result import CompressionResult
 from ..compress.sizing import FORMS, Sizing, check_forms
 from ..nn import SVDLinear
 from ..nn.pivot_linear import unpack_bits
+from ..nn.quantized_linear import QuantizedLinear
+from ..ops.quantize import Scheme
 from ..report import read_history
 from . import quantizer
 from .card import model_card
@@ -28,6 +30,12 @@ from .targets import weight_of
 
 # A name of its own: a loader that looks for model.safetensors stops with an error instead of random weights.
 _ELASTIC = "elastic{suffix}.safetensors"
+_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+# How the names of the tensors end that only this package's layers have.
+_MATERIALIZED = (
+    *(".Vh.weight", ".U.weight", ".U.bias", ".P.weight", ".C.weight", ".is_pivot"),
+    *(".qweight", ".scales", ".zeros"),
+)
 _LAYER_TENSORS = ("U", "S", "Vh", "scores", "bias", "lora_A", "lora_B")
 
 
@@ -94,6 +102,9 @@ def load(
     svd_cache: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
     device_map=None,
+    quantize: str | None = None,
+    quantize_group: int = 64,
+    quantize_symmetric: bool = False,
 ) -> nn.Module:
     """A model from a directory that this package wrote, in evaluation mode.
 
@@ -106,6 +117,8 @@ def load(
         base_model, svd_cache: for a compact elastic checkpoint, where the base model is now, and a directory that
             keeps its decompositions.
         dtype, device_map: as for `from_pretrained`.
+        quantize, quantize_group, quantize_symmetric: with a size_ratio, as for `materialize`. A materialized checkpoint
+            loads as it is, quantized or not.
 
     Raises:
         ValueError: a file that is missing, corrupt or of another kind (file and tensor are named), or arguments
@@ -117,6 +130,9 @@ def load(
     acip = quantizer.AcipConfig(**fields) if fields else None
     if acip is not None and acip.kind == "factorized":
         raise ValueError(f"{path / 'config.json'}: kind is 'factorized'; a file is materialized or elastic")
+    scheme = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
+    if scheme is not None and size_ratio is None:
+        raise ValueError("quantize: weights are quantized as a size is cut from an elastic checkpoint; give size_ratio")
     if acip is None or acip.kind != "elastic":
         if size_ratio is not None:
             about = f" at {fields['size_ratio']}" if "size_ratio" in fields else ""
@@ -130,14 +146,17 @@ def load(
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple, "forms": forms}
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
-        return model if size_ratio is None else materialize(model, size_ratio, **options)
+        if size_ratio is None:
+            return model
+        quantization = {"quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
+        return materialize(model, size_ratio, **options, quantize=quantize, **quantization)
     with _Elastic(path, acip) as elastic:
         elastic.check_model(config)
         if size_ratio is None:
             state = {f"{name}.{key}": tensor for name in acip.layers for key, tensor in elastic.layer(name).items()}
             config.quantization_config = _factorized(acip).to_dict()
         else:
-            cut = elastic.cut(size_ratio, **options)
+            cut = elastic.cut(size_ratio, scheme=scheme, **options)
             state = elastic.materialized(cut)
             quantizer.describe(config, *_ranks(state), size_ratio=size_ratio, count=count, cut=cut)
         state |= elastic.rest()
@@ -178,6 +197,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
     from huggingface_hub import save_torch_state_dict
 
     model, layers = result.model, svd_layers(result.model)
+    if quantizer.quantized_layers(model):
+        raise ValueError(f"an elastic checkpoint holds no quantized layers, as {quantizer.quantized_layers(model)[0]}")
     # For people to read: of a directory, only its name.
     base_name = base_model and (pathlib.Path(base_model).resolve().name if os.path.exists(base_model) else base_model)
     if not compact and base_model is not None and pathlib.Path(base_model).exists():
@@ -309,7 +330,9 @@ class _Elastic:
         inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS}
         return {name: self.get(name) for name in self.where if name not in inside}
 
-    def cut(self, size_ratio: float, *, rank_multiple: int, forms: tuple[str, ...], **options) -> Cut:
+    def cut(
+        self, size_ratio: float, *, rank_multiple: int, forms: tuple[str, ...], scheme: Scheme | None, **options
+    ) -> Cut:
         inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS if key != "bias"}
         out = torch.tensor([self.shape(f"{name}.U")[0] for name in self.layers])
         in_ = torch.tensor([self.shape(f"{name}.Vh")[1] for name in self.layers])
@@ -317,7 +340,8 @@ class _Elastic:
         ranks = torch.tensor([layer.get("adapter_rank", 0) for layer in self.layers.values()])
         full = torch.tensor([scores.numel() for scores in self.scores.values()])
         trained = any(r and bool(self.get(f"{name}.lora_B").any()) for name, r in zip(self.layers, ranks.tolist()))
-        with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, rest, rank_multiple, check_forms(forms))
+        storage = rest, rank_multiple, check_forms(forms), scheme
+        with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, *storage)
         without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
 
@@ -339,14 +363,16 @@ class _Elastic:
                 form=form[name],
                 truncate=cut.adapters == "truncate",
                 dtype=U.dtype,
+                scheme=cut.sizing.scheme,
             )
             if "weight" in tensors:
                 if options.get("source_type") == "Conv1D":
                     tensors["weight"] = tensors["weight"].t().contiguous()
-                bias = "bias"
             else:
-                tensors["weight"] = U.new_empty(0)  # as LowRankLinear and PivotLinear have it
-                bias = "U.bias" if form[name] == "factors" else "bias"
+                # As LowRankLinear, PivotLinear and QuantizedLinear have it.
+                holders = {key.removesuffix("qweight") for key in tensors if key.endswith("qweight")}
+                tensors |= {f"{holder}weight": U.new_empty(0) for holder in {"", *holders}}
+            bias = "U.bias" if form[name] == "factors" else "bias"
             if f"{name}.bias" in self.where:
                 tensors[bias] = self.get(f"{name}.bias")
             state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
@@ -358,8 +384,8 @@ def _ranks(state: dict[str, Tensor]) -> tuple[dict[str, int], list[str]]:
     ranks = {
         key.removesuffix(end): tensor.shape[0]
         for key, tensor in state.items()
-        for end in (".Vh.weight", ".P.weight")
-        if key.endswith(end)
+        for end in (".Vh.weight", ".P.weight", ".Vh.qweight", ".P.qweight")
+        if key.endswith(end) and tensor.dim() == 2  # a quantized factor's `weight` is one of zero elements
     }
     return ranks, [name for name in ranks if f"{name}.P.weight" in state]
 
@@ -452,18 +478,21 @@ def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> 
 def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) -> None:
     """The files are whole and hold what `config` says: from_pretrained would take random weights for the rest."""
     model = _empty_model(path, config)
-    quantizer.put_lowrank_layers(model, acip.ranks, acip.pivoted)
+    quantizer.put_layers(model, acip)
     state = model.state_dict(keep_vars=True)
     with contextlib.ExitStack() as stack:
         where = _open_shards(path, "model.safetensors", stack)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in where.items()}
         for name in acip.pivoted:
             _check_pivots(path, where, f"{name}.is_pivot", model.get_submodule(name))
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                _check_quantized(path, where, name, layer)
     here = {id(tensor) for name, tensor in state.items() if name in shapes}
     # What transformers renames or fuses as it loads (mixtures of experts) has other names here.
     renamed = _is_renamed(model)
     for name, tensor in state.items():
-        ours = name.endswith((".Vh.weight", ".U.weight", ".U.bias", ".P.weight", ".C.weight", ".is_pivot"))
+        ours = name.endswith(_MATERIALIZED)
         if name in shapes and shapes[name] != tuple(tensor.shape) and (ours or not renamed):
             raise ValueError(
                 f"{where[name][1]}: tensor {name} is {list(shapes[name])}, but must be {list(tensor.shape)}"
@@ -491,12 +520,41 @@ def _check_pivots(path, where: dict, name: str, layer: nn.Module) -> None:
         raise ValueError(f"{where[name][1]}: tensor {name} does not name {layer.rank} of {layer.out_features} outputs")
 
 
+def _check_quantized(path, where: dict, name: str, layer: QuantizedLinear) -> None:
+    """Codes, scales and zeros are there, of their dtypes (which loading would cast) and of values that are possible."""
+    if layer.zeros is None and f"{name}.zeros" in where:
+        raise ValueError(f"{where[f'{name}.zeros'][1]}: tensor {name}.zeros is there, where config.json knows of none")
+    for key, wanted in layer.named_buffers(recurse=False):
+        if key == "weight":
+            continue
+        if f"{name}.{key}" not in where:
+            raise ValueError(f"{path}: tensor '{name}.{key}' is missing")
+        file, shard = where[f"{name}.{key}"]
+        found = file.get_slice(f"{name}.{key}")
+        dtype = _DTYPES.get(found.get_dtype(), found.get_dtype())
+        if dtype != wanted.dtype or list(found.get_shape()) != list(wanted.shape):
+            raise ValueError(
+                f"{shard}: tensor {name}.{key} is {dtype} {found.get_shape()}, "
+                f"but must be {wanted.dtype} {list(wanted.shape)}"
+            )
+        if key != "qweight":  # of those every value is a code
+            tensor = files.read_tensor(file, shard, f"{name}.{key}")
+            if not bool(torch.isfinite(tensor).all() if key == "scales" else (tensor <= 15).all()):
+                raise ValueError(f"{shard}: tensor {name}.{key} holds values that no {key} have")
+
+
 def _is_renamed(model: nn.Module) -> bool:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ImportError:
         return True
     return bool(get_model_conversion_mapping(model, add_legacy=False))
+
+
+def described_model(path: str | os.PathLike) -> nn.Module:
+    """The model that a directory's config.json describes, dense and without weights (on the meta device)."""
+    path = pathlib.Path(path)
+    return _empty_model(path, _config(path))
 
 
 def _empty_model(path: pathlib.Path, config) -> nn.Module:

@@ -10,6 +10,7 @@ The format is the one that the native kernels read (`csrc/include/acip/decode.h`
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -34,10 +35,52 @@ def check_options(kind: str, group: int = 64, symmetric: bool = False) -> None:
     """Raises `ValueError` for what is no kind or group."""
     if kind not in KINDS:
         raise ValueError(f"quantize must be one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "int4" and (isinstance(group, bool) or group not in GROUPS):
+    if kind == "int4" and (type(group) is not int or group not in GROUPS):
         raise ValueError(f"the group of int4 must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
     if not isinstance(symmetric, bool):
         raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How weights are quantized: "int8", or "int4" in groups of 32, 64 or 128 with or without zeros.
+
+    Raises `ValueError` for anything else. Of int8, group is 0 and symmetric True, whatever is given.
+    """
+
+    kind: str
+    group: int = 64
+    symmetric: bool = False
+
+    def __post_init__(self):
+        check_options(self.kind, self.group, self.symmetric)
+        if self.kind == "int8":
+            object.__setattr__(self, "group", 0)
+            object.__setattr__(self, "symmetric", True)
+
+    @property
+    def options(self) -> dict:
+        """The arguments of this name that the functions here take."""
+        return dataclasses.asdict(self)
+
+    def to_dict(self) -> dict:
+        """For JSON: `bits`, `group` and `symmetric`."""
+        return {"bits": int(self.kind[3:]), "group": self.group, "symmetric": self.symmetric}
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> Scheme:
+        """Of what `to_dict` made. Raises `ValueError` for anything else."""
+        if fields.keys() != {"bits", "group", "symmetric"}:
+            raise ValueError(f"quantized must have bits, group and symmetric, got {fields!r}")
+        scheme = cls(f"int{fields['bits']}", fields["group"], fields["symmetric"])
+        if scheme.to_dict() != fields:
+            raise ValueError(f"quantized cannot be {fields!r}")
+        return scheme
+
+    def __str__(self) -> str:
+        if self.kind == "int8":
+            return "int8"
+        return f"int4, groups of {self.group}{', symmetric' if self.symmetric else ''}"
 
 
 def shapes(rows: int, cols: int, kind: str, group: int = 64, symmetric: bool = False) -> dict:
@@ -59,20 +102,49 @@ def stored_bytes(rows, cols, kind: str, group: int = 64, symmetric: bool = False
     return rows * (-(-cols // BLOCK) * (BLOCK // 2) + -(-cols // group) * (2 if symmetric else 3))
 
 
-@torch.no_grad()
-def quantize(weight: Tensor, kind: str, group: int = 64, symmetric: bool = False) -> Quantized:
-    """`weight [rows, cols]` in the format, each number rounded to the nearest code.
+def stored_elements(rows, cols, kind: str, group: int = 64, symmetric: bool = False):
+    """Elements of the tensors of a weight `[rows, cols]`, of which a byte with two codes is one."""
+    if kind == "int8":
+        return rows * cols + rows
+    return rows * (-(-cols // BLOCK) * (BLOCK // 2) + -(-cols // group) * (1 if symmetric else 2))
 
-    The scales are the smallest of their dtype at which no number is cut off, so that every error is at most half a
-    scale. Int4's range always includes zero, which it represents exactly; a symmetric scale may be negative, where
-    that makes it smaller: codes reach -8 and 7.
+
+# How much smaller than the range of its numbers a scale may be made, for the sake of the many small ones.
+SHRINKS = tuple(1 - step / 20 for step in range(13))
+# Damping of a covariance, in mean variances: rounding errors are spread over columns only as far as it is certain that
+# they cancel.
+DAMPING = 0.01
+_COLUMNS = 128  # that error feedback goes through one by one before it goes on to all others at once
+
+
+@torch.no_grad()
+def quantize(
+    weight: Tensor,
+    kind: str,
+    group: int = 64,
+    symmetric: bool = False,
+    *,
+    search: bool = False,
+    covariance: Tensor | None = None,
+) -> Quantized:
+    """`weight [rows, cols]` in the format.
+
+    By default each number is rounded to the nearest code, and the scales are the smallest of their dtype at which no
+    number is cut off, so that every error is at most half a scale. Int4's range always includes zero, which it
+    represents exactly; a symmetric scale may be negative, where that makes it smaller: codes reach -8 and 7.
 
     Args:
         weight: float, `[rows, cols]`; either may be zero.
         kind: "int8" or "int4". group: 32, 64 or 128 columns to a scale (int4). symmetric: without `zeros` (int4).
+        search: choose each scale among some smaller ones too, by the squared error of its numbers.
+        covariance: `[cols, cols]`, the second moment `E[xxᵀ]` of what the weight multiplies, of any scale. Columns are
+            then rounded one after the other, and what an error makes of the outputs is taken back by the columns still
+            to come, as far as they are correlated: GPTQ (arXiv 2210.17323), which is least squares one column at a
+            time. Includes `search`.
 
     Raises:
-        ValueError: another shape or option; a weight that is not finite, or too large for its scales' dtype.
+        ValueError: another shape or option; a weight or covariance that is not finite, or a weight too large for its
+            scales' dtype.
         TypeError: a weight that is not floating.
     """
     check_options(kind, group, symmetric)
@@ -80,15 +152,23 @@ def quantize(weight: Tensor, kind: str, group: int = 64, symmetric: bool = False
     rows, cols = weight.shape
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if kind == "int8":
-        largest = exact.abs().amax(1) if cols else exact.new_zeros(rows)
-        scales = _rounded_up(largest.double() / 127, torch.float32)
-        codes = _over(exact, scales[:, None]).round_().clamp_(-127, 127)
-        return Quantized(codes.to(torch.int8), scales, None)
-    values = _grouped(exact, group)
-    scales, zeros = _int4_range(values.amin(2).double(), values.amax(2).double(), symmetric)
-    codes = _over(values, scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, 15).to(torch.uint8)
-    codes = codes.flatten(1)[:, :cols]
-    return Quantized(pack(codes, _padding(zeros)), scales, None if symmetric else zeros)
+        group = max(cols, 1)
+    feedback = None
+    if covariance is not None:
+        if covariance.shape != (cols, cols):
+            raise ValueError(f"quantize: covariance must be [{cols}, {cols}], got {list(covariance.shape)}")
+        feedback = _feedback(covariance.to(weight.device), exact.dtype)
+        search = True
+    if feedback is not None:
+        codes, scales, zeros = _round_with_feedback(exact, feedback, kind, group, symmetric)
+    else:
+        values = _grouped(exact, group)
+        scales, zeros = _ranges(values, kind, symmetric, SHRINKS if search else SHRINKS[:1])
+        codes = _codes(values, scales[..., None], zeros[..., None], kind).flatten(1)[:, :cols]
+    if kind == "int8":
+        return Quantized(codes.to(torch.int8), scales[:, 0] if cols else scales.new_zeros(rows), None)
+    packed = pack(codes.to(torch.uint8), zeros[:, -1] if zeros.shape[1] else SYMMETRIC_ZERO)
+    return Quantized(packed, scales, None if symmetric else zeros)
 
 
 def dequantize(
@@ -173,13 +253,35 @@ def _per_column(per_group: Tensor, cols: int, group: int) -> Tensor:
     return per_group.repeat_interleave(group, dim=1)[:, :cols]
 
 
-def _padding(zeros: Tensor) -> Tensor | int:
-    return zeros[:, -1] if zeros.shape[1] else SYMMETRIC_ZERO
+def _ranges(
+    values: Tensor, kind: str, symmetric: bool, shrinks: tuple[float, ...], weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(scales, zeros)`, `[...]` each, for groups of numbers `values [..., group]`, in the dtypes of the format.
+
+    The scale that its whole range needs times one of `shrinks`, the one of the least squared error, of which each
+    place of a group counts `weights [group]`.
+    """
+    low, high = values.amin(-1).double().clamp_max(0), values.amax(-1).double().clamp_min(0)
+    best = None
+    for shrink in shrinks:
+        scales, zeros = _range(low * shrink, high * shrink, kind, symmetric)
+        if len(shrinks) == 1:
+            return scales, zeros
+        codes = _codes(values, scales[..., None], zeros[..., None], kind)
+        errors = (codes.sub_(zeros[..., None]).mul_(scales[..., None]) - values).square_()
+        error = (errors if weights is None else errors.mul_(weights)).sum(-1)
+        if best is None:
+            best = error, scales, zeros
+        else:
+            best = tuple(torch.where(error < best[0], new, old) for new, old in zip((error, scales, zeros), best))
+    return best[1:]
 
 
-def _int4_range(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """`(scales bfloat16, zeros uint8)` for groups of numbers from `low` to `high`, float64 of any one shape."""
-    low, high = low.clamp_max(0), high.clamp_min(0)
+def _range(low: Tensor, high: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """`(scales, zeros)` with which codes reach from `low` to `high`, float64 of any one shape, about zero."""
+    if kind == "int8":
+        scales = _rounded_up(torch.maximum(high, -low) / 127, torch.float32)
+        return scales, torch.zeros_like(scales, dtype=torch.uint8)
     if symmetric:
         # Codes reach -8 and 7: of the two signs, the one that needs the smaller scale.
         upright, flipped = torch.maximum(high / 7, -low / 8), torch.maximum(high / 8, -low / 7)
@@ -187,8 +289,60 @@ def _int4_range(low: Tensor, high: Tensor, symmetric: bool) -> tuple[Tensor, Ten
         scales = torch.where(flipped < upright, -scales, scales)
         return scales, torch.full_like(scales, SYMMETRIC_ZERO, dtype=torch.uint8)
     scales = _rounded_up((high - low) / 15, torch.bfloat16)
-    zeros = _over(-low, scales).round_().clamp_(0, 15).to(torch.uint8)
-    return scales, zeros
+    return scales, _over(-low, scales).round_().clamp_(0, 15).to(torch.uint8)
+
+
+def _codes(values: Tensor, scales: Tensor, zeros: Tensor, kind: str) -> Tensor:
+    """The nearest codes, whole numbers in the dtype of `values`."""
+    codes = _over(values, scales).round_()
+    return codes.clamp_(-127, 127) if kind == "int8" else codes.add_(zeros).clamp_(0, 15)
+
+
+def _feedback(covariance: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The upper triangular `R` with `Rᵀ R = covariance⁻¹`, damped, in `dtype`; None for a covariance of zeros."""
+    covariance = covariance.double()
+    if not bool(torch.isfinite(covariance).all()):
+        raise ValueError("quantize: covariance holds NaN or infinite values")
+    mean = covariance.diagonal().mean()
+    if not mean > 0:
+        return None
+    damping = DAMPING
+    while True:
+        damped = covariance + torch.diag(torch.full_like(covariance[0], damping * float(mean)))
+        # Of the columns in reverse order, L Lᵀ = covariance, so that L⁻¹, in reverse order again, is upper triangular.
+        L, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
+            return torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1).to(dtype)
+        damping *= 10
+
+
+def _round_with_feedback(
+    weight: Tensor, R: Tensor, kind: str, group: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(codes [rows, cols], scales, zeros [rows, groups])` by GPTQ; see `quantize`."""
+    rows, cols = weight.shape
+    weight, codes = weight.clone(), torch.empty_like(weight)
+    # How much an error in a column costs that the later ones cannot take back.
+    costs = R.diagonal() ** -2
+    ranges = []
+    if kind == "int8":
+        ranges.append(_ranges(weight, kind, symmetric, SHRINKS, costs))
+    for begin in range(0, cols, _COLUMNS):
+        end = min(begin + _COLUMNS, cols)
+        errors = weight.new_empty(rows, end - begin)
+        for j in range(begin, end):
+            if kind == "int4" and j % group == 0:
+                stop = min(j + group, cols)
+                ranges.append(_ranges(weight[:, j:stop], kind, symmetric, SHRINKS, costs[j:stop]))
+            scales, zeros = ranges[-1]
+            column = weight[:, j]
+            codes[:, j] = _codes(column, scales, zeros, kind)
+            errors[:, j - begin] = (column - (codes[:, j] - zeros) * scales) / R[j, j]
+            weight[:, j + 1 : end] -= torch.outer(errors[:, j - begin], R[j, j + 1 : end])
+        weight[:, end:] -= errors @ R[begin:end, end:]
+    scales, zeros = (torch.stack(parts, dim=1) for parts in zip(*ranges))
+    return codes, scales, zeros
 
 
 def _rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
