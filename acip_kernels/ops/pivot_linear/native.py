@@ -12,9 +12,7 @@ from . import reference
 
 def forward(x: Tensor, P: Tensor, C: Tensor, inverse: Tensor, bias: Tensor | None) -> Tensor:
     """As the reference; without gradients, which only that one has."""
-    wanted = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, P, C, bias)
-    )
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, P, C, bias))
     if wanted or x.numel() // x.shape[-1] > FUSED_TOKENS or not (P.is_contiguous() and C.is_contiguous()):
         return reference.forward(x, P, C, inverse, bias)
     place = inverse.argsort().to(torch.int32)
