@@ -289,28 +289,52 @@ def materialize(
     base_model: Annotated[
         str | None, typer.Option(help="Of a compact checkpoint: where its base model is now.")
     ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Keep the factorized layers' weights as int8 or int4.", show_default=False)
+    ] = None,
+    quantize_group: Annotated[
+        int, typer.Option(help="Numbers of a row that share a scale: 32, 64 or 128 (int4).")
+    ] = 64,
+    quantize_symmetric: Annotated[
+        bool, typer.Option("--quantize-symmetric", help="No zero points: fewer bytes, larger errors (int4).")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="With --quantize: round by what this text makes of the errors, which halves them or better; minutes "
+            "instead of seconds. See `compress --help`.",
+        ),
+    ] = None,
+    column: Column = "text",
+    calibration_batches: Annotated[int, typer.Option(help="Sequences of the text that are taken.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ):
     """Cut an ordinary model of any size from an elastic checkpoint, in seconds.
 
     Example: `acip materialize runs/smol/elastic --size-ratio 0.6 -o smol-60`
+
+    Example: `acip materialize runs/smol/elastic -s 0.6 --quantize int4 --data wikitext2 -o smol-60-int4`
     """
     from . import data as texts
     from . import files, load, save
     from .compress.sizing import FORMS
 
-    model = load(
-        elastic,
-        size_ratio,
-        count=count,
-        adapters=adapters,
-        rank_multiple=rank_multiple,
-        forms=tuple(forms) if forms else FORMS,
-        dtype=dtype,
-        base_model=base_model,
-        svd_cache=texts.svd_cache(base_model or elastic),
-    )
+    if data is not None and quantize is None:
+        raise ValueError("--data is for --quantize: without it, nothing depends on a text")
+    source = {"dtype": dtype, "base_model": base_model, "svd_cache": texts.svd_cache(base_model or elastic)}
+    options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
+    options["forms"] = tuple(forms) if forms else FORMS
+    scheme = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
+    if data is None:
+        model = load(elastic, size_ratio, **source, **options, **scheme)
+    else:
+        tokens = texts.tokenize(_tokenizer(elastic), texts.read_texts(data, column=column))
+        batches = texts.Batches(tokens, batch_size=1, length=length, seed=0)
+        model = _quantized_by(batches, calibration_batches, load(elastic, **source), size_ratio, options, scheme)
     about = files.read_json(elastic / "config.json")["quantization_config"]
     base = about.get("base_model") or about.get("base_name")
     save(model, output, tokenizer=_tokenizer(elastic), base_model=base, overwrite=overwrite)
@@ -458,8 +482,12 @@ def info(
         }
     elif about["kind"] == "materialized":
         about |= {key: acip[key] for key in ("size_ratio", "count", "factorized", "stored", "adapters") if key in acip}
-        about["low_rank_layers"] = len(acip["ranks"])
-        about["ranks"] = acip["ranks"]
+        if acip.get("quantized"):
+            dense = acip["quantized"]["dense"]
+            about["quantized"] = {key: value for key, value in acip["quantized"].items() if key != "dense"}
+            about["quantized"]["dense_layers"] = len(dense)
+        about["low_rank_layers"] = len(acip.get("ranks", {}))
+        about["ranks"] = acip.get("ranks", {})
     weights = list(path.glob("*.safetensors"))
     about["file_bytes"] = sum(file.stat().st_size for file in weights)
     _print(about, as_json)
@@ -597,6 +625,21 @@ def _tokenizer(name):
         raise ValueError(f"{name} holds no tokenizer: copy its files there, or name the model that has it") from None
 
 
+def _quantized_by(batches, count: int, factorized, size_ratio: float, options: dict, scheme: dict):
+    """`materialize`, rounding in the metric of the inputs that the model of this size has on the first batches."""
+    import itertools
+
+    from . import materialize as cut_at
+    from .compress.basis import input_covariances
+    from .compress.factorize import svd_layers
+
+    names = list(svd_layers(factorized))
+    plain = cut_at(factorized, size_ratio, **options)
+    with console.status("inputs of every layer …"):
+        covariances = input_covariances(plain, names, itertools.islice(batches, count))
+    return cut_at(factorized, size_ratio, covariances=covariances, **options, **scheme).eval()
+
+
 def _is_elastic(path) -> bool:
     from . import files
 
@@ -609,23 +652,13 @@ def _ranks(cut) -> dict[str, tuple[int, int]]:
 
 
 def _stored_ranks(path, ranks: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """Ranks of a materialized checkpoint beside what they could be, from the shapes in its files."""
-    from . import files
+    """Ranks of a materialized checkpoint beside what they could be, as the model in its config is wide."""
+    from .models.quantizer import layers_to_replace
+    from .models.saving import described_model
+    from .models.targets import weight_of
 
-    full = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with files.open_tensors(file) as tensors:
-            for name in ranks:
-                shapes = {
-                    key: tensors.get_slice(f"{name}.{key}.weight").get_shape()
-                    for key in ("U", "Vh", "P", "C")
-                    if f"{name}.{key}.weight" in set(tensors.keys())
-                }
-                if "U" in shapes:
-                    full[name] = min(shapes["U"][0], shapes["Vh"][1])
-                elif "P" in shapes:
-                    full[name] = min(shapes["P"][0] + shapes["C"][0], shapes["P"][1])
-    return {name: (rank, full[name]) for name, rank in ranks.items()}
+    layers = layers_to_replace(described_model(path), ranks)
+    return {name: (rank, min(weight_of(layers[name]).shape)) for name, rank in ranks.items()}
 
 
 def _about(model, directory) -> dict:

@@ -24,6 +24,7 @@ from ..nn.pivot_linear import unpack_bits
 from ..nn.quantized_linear import QuantizedLinear
 from ..ops.quantize import Scheme
 from ..report import read_history
+from . import fuse as fusing
 from . import quantizer
 from .card import model_card
 from .targets import weight_of
@@ -105,6 +106,7 @@ def load(
     quantize: str | None = None,
     quantize_group: int = 64,
     quantize_symmetric: bool = False,
+    fuse: bool = False,
 ) -> nn.Module:
     """A model from a directory that this package wrote, in evaluation mode.
 
@@ -119,6 +121,7 @@ def load(
         dtype, device_map: as for `from_pretrained`.
         quantize, quantize_group, quantize_symmetric: with a size_ratio, as for `materialize`. A materialized checkpoint
             loads as it is, quantized or not.
+        fuse: of an ordinary model, let sibling layers be computed in one call, see `acip_kernels.fuse`.
 
     Raises:
         ValueError: a file that is missing, corrupt or of another kind (file and tensor are named), or arguments
@@ -142,14 +145,16 @@ def load(
             )
         if acip is not None:
             _check_materialized(path, config, acip)
-        return _from_pretrained(path, config, dtype=dtype, device_map=device_map)
+        return _fused_if(fuse, _from_pretrained(path, config, dtype=dtype, device_map=device_map))
+    if fuse and size_ratio is None:
+        raise ValueError("fuse: a factorized model, of every size, is not deployed; give size_ratio")
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple, "forms": forms}
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
         if size_ratio is None:
             return model
         quantization = {"quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
-        return materialize(model, size_ratio, **options, quantize=quantize, **quantization)
+        return _fused_if(fuse, materialize(model, size_ratio, **options, quantize=quantize, **quantization))
     with _Elastic(path, acip) as elastic:
         elastic.check_model(config)
         if size_ratio is None:
@@ -162,7 +167,11 @@ def load(
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
-    return model
+    return _fused_if(fuse, model)
+
+
+def _fused_if(wanted: bool, model: nn.Module) -> nn.Module:
+    return fusing.fuse(model) if wanted else model
 
 
 def load_result(path: str | os.PathLike, **options) -> CompressionResult:
