@@ -1,8 +1,9 @@
 """What is lost at which size, by every method: `python -m bench.quality [--method nested --seed 0 ...]`.
 
-SmolLM2-135M, calibrated (and trained) on Wikipedia articles, all but the last 20; perplexity on those 20, and on
-newswire, which no method sees. Every method gets the same calibration tokens. A result is written after every size that
-has been evaluated, and an interrupted call goes on where it was.
+SmolLM2-135M, calibrated (and trained) on Wikipedia articles, all but the last 40; perplexity on the last 20, and on
+newswire, which no method sees. The 20 between them are what `bench.quality_search` chose the recipe on. Every method
+gets the same calibration tokens. A result is written after every size that has been evaluated, and an interrupted call
+goes on where it was.
 
 Methods: `nested` (the default of `acip compress`); `importance`, its ranking without training; `acip`, the paper's run
 on a schedule of as many tokens; `svd_llm` (uniform), `svd_llm_v2`, `asvd`, `svd`, in two factors as they are published;
@@ -24,21 +25,24 @@ from rich.console import Console
 from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, compress, evaluate, files, materialize, report
 from acip_kernels import data as texts
 from acip_kernels.compress.config import compute_dtype
+from acip_kernels.compress.methods import rank_singular_values
+from acip_kernels.compress.nested import put_factors, ranking_tensors
 from acip_kernels.compress.result import CompressionResult
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quality"
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+TEXTS = ("wikipedia", "news")
 HELD_OUT = 20
 CONTEXT, LENGTH = 1024, 1024
 CALIBRATION_BATCHES = 32
-STEPS = 320
+STEPS = 120
 FACTORS = ("dense", "factors")
 
 METHODS = {
     "nested": lambda seed: NestedConfig(steps=STEPS, calibration_batches=CALIBRATION_BATCHES, seed=seed),
     "importance": lambda seed: RankingConfig(method="importance", calibration_batches=CALIBRATION_BATCHES),
-    "acip": lambda seed: CompressionConfig.short(STEPS * 4 // 5, stop_ratio=0.4, dtype="float32", seed=seed),
+    "acip": lambda seed: CompressionConfig.short(STEPS * 4 // 5, stop_ratio=0.4, seed=seed),
     "svd_llm": lambda seed: _baseline("svd_llm", "uniform", FACTORS),
     "svd_llm_v2": lambda seed: _baseline("svd_llm", "loss", FACTORS),
     "svd_llm_pivoted": lambda seed: _baseline("svd_llm", "uniform", (*FACTORS, "pivoted")),
@@ -63,33 +67,39 @@ def _baseline(method, allocation, forms):
     )
 
 
-def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, target: pathlib.Path) -> None:
-    """Compress by `method`, and evaluate what is missing of `sizes` in the result file `target`."""
+def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, target: pathlib.Path, on=TEXTS) -> None:
+    """Compress by `method`, and evaluate what is missing of `sizes` on the texts `on` in the result file `target`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(texts.demo_model(log=console.print))
     tokenizer = AutoTokenizer.from_pretrained(source)
     articles = texts.demo_texts(log=console.print)
-    training = texts.tokenize(tokenizer, articles[:-HELD_OUT])
+    training = texts.tokenize(tokenizer, articles[: -2 * HELD_OUT])
     tests = {
         "wikipedia": texts.tokenize(tokenizer, articles[-HELD_OUT:]),
         "news": texts.tokenize(tokenizer, texts.demo_news(log=console.print)),
     }
     config = None if method == "dense" else METHODS[method](seed)
     batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=seed)
+    # The seed is of what is trained; all rank on the same tokens.
+    calibration = texts.Batches(training, batch_size=1, length=LENGTH, seed=0)
     result = files.read_json(target) if target.exists() else {"method": method, "seed": seed, "rows": []}
+    steps = config.max_prune_steps + config.tune_steps if method == "acip" else getattr(config, "steps", 0)
     setting = {
         "config": config and config.to_dict(),
         "perplexity_on": {name: tokens.numel() for name, tokens in tests.items()},
         "context": CONTEXT,
         "windows": windows,
         "calibration_tokens": CALIBRATION_BATCHES * LENGTH,
-        "training_tokens": getattr(config, "steps", 0) * LENGTH,
+        "training_tokens": steps * LENGTH,
     }
     if result.get("setting", setting) != setting and result["rows"]:
         raise ValueError(f"{target} was measured with another setting: remove it to measure anew")
     result["setting"], result["device"] = setting, report.device_description()
-    missing = [size for size in sizes if all(row["size_ratio"] != size for row in result["rows"])]
+    rows = {row["size_ratio"]: row for row in result["rows"]}
+    if config is None:
+        sizes = (1.0,)
+    missing = [size for size in sizes if not set(on) <= set(rows.get(size, ()))]
     if not missing:
         return
     # As every method computes: in bfloat16 where the processor multiplies it natively.
@@ -104,13 +114,15 @@ def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, 
         else:
             started = time.monotonic()
             resume = (output / "checkpoint.safetensors").exists()
+            if not isinstance(config, CompressionConfig):
+                shared_ranking(dense, calibration, config, work)
             compressed = compress(
                 dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source)
             )
             result["seconds"] = round(time.monotonic() - started, 1)
             result["history"] = compressed.history
             compressed.save(elastic, tokenizer=tokenizer, base_model=source, overwrite=True)
-    for size in missing if config is not None else [1.0]:
+    for size in missing:
         forms = getattr(config, "forms", ("dense", "factors"))
         model = dense if compressed is None else materialize(compressed, size, forms=forms)
         cut = None if compressed is None else compressed.cut(size, forms=forms)
@@ -122,13 +134,28 @@ def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, 
             "stored": 1.0 if cut is None else cut.ratios["stored"],
             "file_bytes": sum(p.numel() for p in model.parameters()) * 2 if cut is None else cut.bytes(torch.bfloat16),
         }
-        for name, tokens in tests.items():
-            row[name] = evaluate.perplexity(model, tokens, context=CONTEXT, max_windows=windows).value
-        row["perplexity"] = row["wikipedia"]
-        result["rows"] = sorted([*result["rows"], row], key=lambda row: -row["size_ratio"])
+        row |= {name: rows[size][name] for name in tests if name in rows.get(size, ())}
+        for name in on:
+            if name not in row:
+                row[name] = evaluate.perplexity(model, tests[name], context=CONTEXT, max_windows=windows).value
+        if "wikipedia" in row:
+            row["perplexity"] = row["wikipedia"]
+        rows[size] = row
+        result["rows"] = sorted(rows.values(), key=lambda row: -row["size_ratio"])
         target.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(target, result)
-        console.print(f"{method} {seed} at {size:g}: {row['wikipedia']:.2f} Wikipedia, {row['news']:.2f} news")
+        console.print(f"{method} {seed} at {size:g}:", {name: round(row[name], 2) for name in TEXTS if name in row})
+
+
+def shared_ranking(model, calibration, config: RankingConfig, work: pathlib.Path) -> None:
+    """Rank `model`'s singular values; what ranks alike does so once."""
+    fields = (config.method, config.allocation, *config.forms, config.calibration_batches)
+    path = work / "rankings" / f"{'-'.join(map(str, fields))}.safetensors"
+    if path.exists():
+        put_factors(model, files.read_tensors(path))
+        return
+    rank_singular_values(model, calibration, config, svd_cache=texts.svd_cache(texts.demo_model()))
+    files.write_tensors(path, ranking_tensors(model))
 
 
 def read_results(directory: pathlib.Path = RESULTS) -> list[dict]:
@@ -138,19 +165,26 @@ def read_results(directory: pathlib.Path = RESULTS) -> list[dict]:
 
 def table(results: list[dict], text: str = "wikipedia") -> str:
     """Markdown: a row a method, a column a size, the median over the seeds and their range if there are several."""
-    lines = ["| method | tokens trained | seeds | " + " | ".join(f"{size:g}" for size in SIZES) + " |"]
-    lines.append("| --- | ---: | ---: |" + " ---: |" * len(SIZES))
-    for method in dict.fromkeys(["dense", *METHODS]):
-        mine = [result for result in results if result["method"] == method and result["rows"]]
-        if not mine:
+    found: dict[str, dict] = {}
+    for result in results:
+        for row in result["rows"]:
+            if text in row:
+                mine = found.setdefault(result["method"], {"seeds": set(), "setting": result["setting"]})
+                mine["seeds"].add(result["seed"])
+                mine.setdefault(row["size_ratio"], []).append(row[text])
+    sizes = [size for size in SIZES if any(size in mine for mine in found.values())]
+    lines = ["| method | tokens trained | seeds | " + " | ".join(f"{size:g}" for size in sizes) + " |"]
+    lines.append("| --- | ---: | ---: |" + " ---: |" * len(sizes))
+    for method in ["dense", *METHODS]:
+        if method not in found:
             continue
-        cells = []
-        for size in SIZES:
-            values = sorted(row[text] for result in mine for row in result["rows"] if row["size_ratio"] == size)
+        mine, cells = found[method], []
+        for size in sizes:
+            values = sorted(mine.get(size, []))
             cell = "–" if not values else _number(values[len(values) // 2])
             cells.append(cell if len(values) < 2 else f"{cell} ({_number(values[0])}–{_number(values[-1])})")
-        trained = mine[0]["setting"]["training_tokens"]
-        lines.append(f"| {method} | {trained / 1000:.0f} k | {len(mine)} | " + " | ".join(cells) + " |")
+        trained = mine["setting"]["training_tokens"]
+        lines.append(f"| {method} | {trained / 1000:.0f} k | {len(mine['seeds'])} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -166,6 +200,7 @@ def main(
     size_ratio: Annotated[
         list[float] | None, typer.Option("--size-ratio", "-s", help="Repeatable. Default: all.")
     ] = None,
+    text: Annotated[list[str] | None, typer.Option(help=f"Repeatable: {', '.join(TEXTS)}. Default: all.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of the perplexity, spread over each text.")] = 64,
     work: Annotated[pathlib.Path, typer.Option(help="Where runs and elastic checkpoints are kept.")] = ROOT
     / "runs"
@@ -180,10 +215,11 @@ def main(
         if one != "dense" and one not in METHODS:
             raise typer.BadParameter(f"--method must be dense or one of {', '.join(METHODS)}, got {one}")
         for number in seed or [0]:
-            run_method(one, number, size_ratio or SIZES, windows, work, results / f"{one}-{number}.json")
+            target = results / f"{one}-{number}.json"
+            run_method(one, number, size_ratio or SIZES, windows, work, target, text or TEXTS)
     stored = read_results(results)
     typer.echo(table(stored))
-    rows = [row for result in stored for row in result["rows"] if result["seed"] == 0]
+    rows = [row for result in stored for row in result["rows"] if result["seed"] == 0 and "perplexity" in row]
     for x in ("factorized", "file_bytes"):
         report.plot_perplexity(rows, work / "plots" / f"quality-{x}", x=x)
 

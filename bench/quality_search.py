@@ -8,7 +8,9 @@ on the 20 before the test articles of `bench.quality`, which no trial sees. A tr
 from __future__ import annotations
 
 import ast
+import math
 import pathlib
+import statistics
 import time
 from typing import Annotated
 
@@ -19,10 +21,8 @@ from rich.console import Console
 from acip_kernels import NestedConfig, compress, evaluate, files, materialize, report
 from acip_kernels import data as texts
 from acip_kernels.compress.config import compute_dtype
-from acip_kernels.compress.methods import rank_singular_values
-from acip_kernels.compress.nested import put_factors, ranking_tensors
 
-from .quality import CALIBRATION_BATCHES, CONTEXT, HELD_OUT, LENGTH, ROOT
+from .quality import CALIBRATION_BATCHES, CONTEXT, HELD_OUT, LENGTH, ROOT, shared_ranking
 
 RESULTS = ROOT / "bench" / "results" / "quality_search.json"
 SIZES = (1.0, 0.8, 0.6, 0.4)
@@ -43,13 +43,7 @@ def trial(changes: dict, work: pathlib.Path) -> dict:
     config = NestedConfig(**{"calibration_batches": CALIBRATION_BATCHES, **changes})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(config.dtype, torch.device("cpu"))).eval()
     batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=config.seed)
-    # Trials that rank alike share the ranking.
-    ranking = work / f"{config.method}-{config.allocation}-{config.calibration_batches}-{config.seed}.safetensors"
-    if not ranking.exists():
-        rank_singular_values(model, batches, config, svd_cache=texts.svd_cache(source))
-        files.write_tensors(ranking, ranking_tensors(model))
-    else:
-        put_factors(model, files.read_tensors(ranking))
+    shared_ranking(model, texts.Batches(training, batch_size=1, length=LENGTH, seed=0), config, work)
     started = time.monotonic()
     result = compress(model, batches, config)
     seconds = time.monotonic() - started
@@ -71,7 +65,8 @@ def trial(changes: dict, work: pathlib.Path) -> dict:
 def main(
     changes: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE of NestedConfig.")] = None,
     name: Annotated[str, typer.Option(help="Of the trial, in the results file.")] = "default",
-    work: Annotated[pathlib.Path, typer.Option(help="Where rankings are kept.")] = ROOT / "runs" / "quality-search",
+    about: Annotated[str, typer.Option(help="What is tried, for the table.")] = "",
+    work: Annotated[pathlib.Path, typer.Option(help="Where rankings are kept.")] = ROOT / "runs" / "quality",
 ):
     """One trial of the nested recipe."""
     results = files.read_json(RESULTS) if RESULTS.exists() else {}
@@ -79,9 +74,11 @@ def main(
         fields = dict(change.split("=", 1) for change in changes or [])
         row = trial({key: _value(value) for key, value in fields.items()}, work)
         results = files.read_json(RESULTS) if RESULTS.exists() else {}
-        files.write_json(RESULTS, results | {name: row})
-        results[name] = row
-    console.print(name, results[name]["perplexity"], results[name]["seconds"], "s")
+        results[name] = {"about": about or name} | row
+        files.write_json(RESULTS, results)
+    perplexity = results[name]["perplexity"]
+    mean = math.exp(statistics.mean(math.log(value) for size, value in perplexity.items() if float(size) < 1))
+    console.print(name, perplexity, f"geometric mean below 1: {mean:.2f}", results[name]["seconds"], "s")
 
 
 def _value(text: str):

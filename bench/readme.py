@@ -15,7 +15,7 @@ import sys
 
 from acip_kernels import files, report
 
-from . import quality, training_parts, training_profile, training_routes, training_step
+from . import quality, quality_search, training_parts, training_profile, training_routes, training_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, TRAINING, QUALITY = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "quality.md"
@@ -108,7 +108,30 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
         for row in trials["rows"]
     ]
     parts.append(training_step.markdown(["ranking", "training", *sizes], lines, left=2))
+    parts.append(search_table(files.read_json(results.parent / "quality_search.json")))
     return "\n".join(parts)
+
+
+def search_table(trials: dict) -> str:
+    """The trials of `bench.quality_search`, in the order in which they were made."""
+    devices = dict.fromkeys(
+        f"{d['device']}, {d['cores']} cores, torch {d['torch']}, transformers {d['transformers']}, {d['date'][:10]}"
+        for d in (row["device"] for row in trials.values())
+    )
+    sizes = [f"{size:g}" for size in quality_search.SIZES]
+    lines = [
+        [
+            row["about"],
+            f"{row['training_tokens'] / 1000:.0f} k",
+            *(f"{row['perplexity'][size]:.1f}" if size in row["perplexity"] else "–" for size in sizes),
+        ]
+        for row in trials.values()
+    ]
+    return (
+        "Trials of the nested recipe, on the same validation articles, "
+        f"{quality_search.WINDOWS} windows; one seed. {'; '.join(devices)}.\n\n"
+        + training_step.markdown(["what was trained, and how", "tokens", *sizes], lines)
+    )
 
 
 def quality_tables(stored: list[dict]) -> list[str]:
@@ -117,17 +140,15 @@ def quality_tables(stored: list[dict]) -> list[str]:
     parts = [
         f"SmolLM2-135M-Instruct, {device['device']}, {device['dtype']}, torch {device['torch']}, "
         f"transformers {device['transformers']}, {device['date'][:10]}. "
-        f"Windows of {setting['context']} tokens, {setting['windows']} of each text; all methods calibrated on "
+        f"Windows of {setting['context']} tokens, {setting['windows']} spread over a text; all methods calibrated on "
         f"the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what is stored of the factorized "
         "layers, everything in them counted.\n"
     ]
     for text, name in (("wikipedia", "Wikipedia, held-out articles"), ("news", "Newswire, which no method has seen")):
+        if not any(text in row for result in stored for row in result["rows"]):
+            continue
         parts.append(f"Perplexity on {name}:\n")
         parts.append(quality.table(stored, text))
-    trained = [result for result in stored if result.get("seconds") and result["setting"]["training_tokens"]]
-    for result in trained:
-        minutes = result["seconds"] / 60
-        parts.append(f"`{result['method']}`, seed {result['seed']}: {minutes:.0f} minutes for ranking and training.\n")
     return parts
 
 

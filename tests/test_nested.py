@@ -47,25 +47,34 @@ def test_value_and_gradients_by_either_way(shape, tokens):
     def random(*size):
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    layer = NestedLinear(random(out, k), random(k).abs(), random(k, in_), random(out)).double()
+    layer = NestedLinear(random(out, k), random(k).abs(), random(k, in_), random(out), update_rank=3).double()
+    names = ("left_A", "left_B", "right_A", "right_B")
+    with torch.no_grad():
+        for name in names:
+            getattr(layer, name).copy_(random(*getattr(layer, name).shape))
     ways = set()
     for rank in range(1, k + 1):
         layer.rank = rank
         ways.add(takes_effective_weight(tokens, in_, out, rank))
-        layer.left.grad, layer.right.grad = torch.zeros_like(layer.left), torch.zeros_like(layer.right)
+        for parameter in layer.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         x, g = random(1, tokens, in_).requires_grad_(), random(1, tokens, out)
         y = layer(x)
         (dx,) = torch.autograd.grad(y, x, g)
-        plain = [tensor.detach().clone().requires_grad_() for tensor in (x, layer.left, layer.right)]
-        expected = (plain[0] @ plain[2][:rank].t()) @ plain[1][:, :rank].t() + layer.bias
+        px, left_A, left_B, right_A, right_B = plain = [
+            tensor.detach().clone().requires_grad_() for tensor in (x, *(getattr(layer, name) for name in names))
+        ]
+        left, right = layer.left_t.t() + left_B @ left_A, layer.right + right_B @ right_A
+        expected = (px @ right[:rank].t()) @ left[:, :rank].t() + layer.bias
         gradients = torch.autograd.grad(expected, plain, g)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(dx, gradients[0])
-        torch.testing.assert_close(layer.left.grad, gradients[1])
-        torch.testing.assert_close(layer.right.grad, gradients[2])
+        for name, gradient in zip(names, gradients[1:], strict=True):
+            torch.testing.assert_close(getattr(layer, name).grad, gradient)
         # A second pass adds to what is there, as autograd does; without a gradient, the same value.
         layer(x).backward(g)
-        torch.testing.assert_close(layer.left.grad, 2 * gradients[1])
+        for name, gradient in zip(names, gradients[1:], strict=True):
+            torch.testing.assert_close(getattr(layer, name).grad, 2 * gradient)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), expected)
     if tokens == 60:
@@ -76,8 +85,8 @@ def test_the_cheaper_way_is_the_one_with_fewer_operations():
     for tokens in (1, 64, 1024):
         for out, in_ in ((576, 576), (192, 576), (576, 1536)):
             for rank in (1, 100, min(out, in_)):
-                factored = 6 * tokens * rank * (in_ + out)
-                effective = 6 * in_ * out * (tokens + rank)
+                factored = 4 * tokens * rank * (in_ + out)
+                effective = 2 * in_ * out * (2 * tokens + rank)
                 assert takes_effective_weight(tokens, in_, out, rank) == (effective < factored)
 
 
@@ -88,6 +97,24 @@ def test_balanced_factors_are_the_same_product():
     left, right = balanced(U, S, Vh)
     torch.testing.assert_close(left @ right, (U * S) @ Vh)
     torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1))
+
+
+def test_updates_start_at_nothing_and_are_part_of_the_factors():
+    generator = torch.Generator().manual_seed(0)
+    U, Vh = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((6, 4), (4, 9)))
+    S = torch.tensor([3.0, 1.0, 0.5, 0.1], dtype=torch.float64)
+    layer = NestedLinear(U, S, Vh, update_rank=2, generator=generator).double()
+    x = torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    # The factors are held in float32.
+    torch.testing.assert_close(layer(x), x @ Vh.t() @ (U * S).t(), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        layer.left_B.normal_(generator=generator)
+        layer.right_B.normal_(generator=generator)
+    layer.forget_updates()
+    Ut, S, Vh = layer.factors()
+    for rank in (1, 3, 4):
+        layer.rank = rank
+        torch.testing.assert_close(layer(x), x @ Vh[:rank].t() @ (Ut[:rank].t() * S[:rank]).t())
 
 
 # ---- the run
@@ -233,6 +260,7 @@ def test_the_rate_rises_then_falls(step, steps, warmup):
         ({"smallest_ratio": 0.0}, "smallest_ratio"),
         ({"smallest_ratio": 0.9, "largest_ratio": 0.8}, "largest_ratio"),
         ({"steps": 0}, "steps"),
+        ({"update_rank": 0}, "update_rank"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"method": "guess"}, "method must be one of"),
         ({"allocation": "uniform"}, "allocation of importance must be one of"),

@@ -1,4 +1,4 @@
-"""One training run for every size: factors in the order of their worth, trained at sizes drawn at random."""
+"""One training run for every size: factors in the order of their worth, updated at sizes drawn at random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..models import quantizer
+from ..models import attention, quantizer
 from ..models.distill import DistillationLoss
 from ..models.targets import is_conv1d, linear_layers
 from ..nn import SVDLinear
@@ -29,26 +29,30 @@ RANKING = "ranking.safetensors"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NestedConfig(RankingConfig):
-    """The default way to compress: rank once, by `method`, then train all factors at sizes drawn at random.
+    """The default way to compress: rank once, by `method`, then train the factors at sizes drawn at random.
 
     Every step draws a size ratio from `smallest_ratio` to `largest_ratio`, evenly, and takes a gradient step with the
     best-scored ranks that this size has: so a smaller model is a part of each larger one, and one set of factors serves
-    every size. No adapters, hence nothing to count or to merge afterwards. The dense model teaches: its probabilities
-    are part of the target (Hinton et al., arXiv 1503.02531), which says more about each token than the next one alone.
+    every size. What is trained are updates of low rank of both factors (`NestedLinear`): as few parameters as adapters
+    have, for a run of few tokens, but part of the factors, hence nothing to count or to merge afterwards. The dense
+    model teaches: its probabilities are part of the target (Hinton et al., arXiv 1503.02531), which says more about
+    each token than the next one alone.
 
     steps: optimizer steps, of `gradient_accumulation` batches each, which all have their own size.
+    update_rank: the rank of each factor's update.
     distillation: the weight `w` of the teacher in the loss `(1 - w) cross-entropy + w KL(teacher ‖ student)`; 0 for
         none, which saves the teacher's forward pass and its dense weights.
     learning_rate: AdamW's, without weight decay, at its highest: it rises over `warmup_steps` and then falls to zero by
         half a cosine. betas, eps: AdamW's.
     gradient_checkpointing: recompute activations to save memory. checkpoint_seconds: between two checkpoints, which
-        hold the factors and both moments, about five times the model's weights in float32.
-    seed: of the sizes.
+        hold the updates and both their moments.
+    seed: of the sizes and of the updates' start.
     """
 
     steps: int = 400
+    update_rank: int = 32
     distillation: float = 0.5
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     warmup_steps: int = 10
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -65,7 +69,7 @@ class NestedConfig(RankingConfig):
                 "smallest_ratio and largest_ratio must be in (0, 1], the first not above the second, "
                 f"got {self.smallest_ratio} and {self.largest_ratio}"
             )
-        for name, low in (("steps", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
+        for name, low in (("steps", 1), ("update_rank", 1), ("warmup_steps", 0), ("gradient_accumulation", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < low:
                 raise ValueError(f"{name} must be an int of at least {low}, got {getattr(self, name)!r}")
         if not 0 <= self.distillation <= 1:
@@ -217,7 +221,7 @@ def put_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 class NestedTraining:
-    """`training([batch, ...], [ratio, ...], rate)`: forward, backward and AdamW for the factors at these sizes.
+    """`training([batch, ...], [ratio, ...], rate)`: forward, backward and AdamW for the updates at these sizes.
 
     Replaces the model's `SVDLinear`s by `NestedLinear`s, until `finish`, and freezes everything else.
     """
@@ -229,11 +233,19 @@ class NestedTraining:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.orders, self.layers = {}, {}
+        generator = torch.Generator(self.device).manual_seed(config.seed)
         self.removal = sizing.removal({name: layer.scores for name, layer in self.svd.items()})
         for name, layer in self.svd.items():
             order = layer.scores.sort(descending=True, stable=True).indices
             self.orders[name] = order
-            nested = NestedLinear(layer.U[:, order], layer.S[order], layer.Vh[order], layer.bias)
+            nested = NestedLinear(
+                layer.U[:, order],
+                layer.S[order],
+                layer.Vh[order],
+                layer.bias,
+                update_rank=config.update_rank,
+                generator=generator,
+            )
             if config.distillation:
                 nested.dense = layer.effective_weight(adapter=False).to(layer.U.dtype)
             self.layers[name] = nested
@@ -242,7 +254,9 @@ class NestedTraining:
             layer.U = layer.Vh = None
         replace_modules(model, dict(zip(self.svd.values(), self.layers.values(), strict=True)))
         self.parameters = {
-            f"{name}.{side}": getattr(layer, side) for name, layer in self.layers.items() for side in ("left", "right")
+            f"{name}.{key}": parameter
+            for name, layer in self.layers.items()
+            for key, parameter in layer.named_parameters()
         }
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -256,6 +270,7 @@ class NestedTraining:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.checkpointing = config.gradient_checkpointing
+        self._attention = attention.use(model)
         model.train()
 
     @contextlib.contextmanager
@@ -291,6 +306,8 @@ class NestedTraining:
             group["lr"] = rate
         self.optimizer.step()
         torch._foreach_zero_(gradients)
+        for layer in self.layers.values():
+            layer.forget_updates()
         return float(total), float(norm)
 
     @torch.no_grad()
@@ -305,6 +322,7 @@ class NestedTraining:
         replace_modules(self.model, dict(zip(self.layers.values(), self.svd.values(), strict=True)))
         if self.checkpointing:
             self.model.gradient_checkpointing_disable()
+        attention.restore(self.model, self._attention)
         self.model.eval()
         # The loss knows this object and it the loss: without this, all of it would stay until Python looks for cycles.
         self.loss = None

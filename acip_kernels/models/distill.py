@@ -11,6 +11,8 @@ from .loss import IGNORE, CausalLoss
 
 # Logits made at a time; those of teacher and student, and their gradient, are three such blocks.
 _CHUNK_ELEMENTS = 2**24
+# Of those, what is turned into probabilities at a time: a few passes over what a processor's caches hold.
+_ROW_ELEMENTS = 2**18
 
 
 class DistillationLoss:
@@ -71,24 +73,27 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, teacher, labels, weight, bias, w):
         precise = torch.promote_types(x.dtype, torch.float32)
         classes = x.shape[1] if weight is None else weight.shape[0]
-        chunk = max(32, _CHUNK_ELEMENTS // classes)
+        chunk, rows = max(32, _CHUNK_ELEMENTS // classes), max(1, _ROW_ELEMENTS // classes)
         dx, losses = torch.empty_like(x), []
 
-        def log_softmax(states):
-            logits = states if weight is None else nn.functional.linear(states, weight, bias)
-            return logits.to(precise).log_softmax(1)
+        def logits(states):
+            return states if weight is None else nn.functional.linear(states, weight, bias)
 
         for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            log_q, log_p = log_softmax(x[part]), log_softmax(teacher[part])
-            label = labels[part, None]
-            hard = -log_q.gather(1, label)[:, 0]
-            p = log_p.exp()
-            soft = (p * log_p.sub_(log_q)).sum(1)
-            losses.append((1 - w) * hard + w * soft)
-            gradient = log_q.exp_().sub_(p, alpha=w)
-            gradient.scatter_add_(1, label, gradient.new_full((1, 1), w - 1.0).expand(label.shape))
-            gradient = gradient.to(x.dtype)
+            student, taught, label = logits(x[part]), logits(teacher[part]), labels[part, None]
+            # The gradient takes the place of the student's logits, which may be the caller's where there is no head.
+            gradient = student if weight is not None else torch.empty_like(student)
+            for first in range(0, len(label), rows):
+                few = slice(first, first + rows)
+                log_q, log_p = (t[few].to(precise).log_softmax(1) for t in (student, taught))
+                hard = -log_q.gather(1, label[few])[:, 0]
+                p = log_p.exp()
+                soft = torch.linalg.vecdot(p, log_p.sub_(log_q))
+                losses.append((1 - w) * hard + w * soft)
+                d = log_q.exp_().sub_(p, alpha=w)
+                d.scatter_add_(1, label[few], d.new_full((1, 1), w - 1.0).expand(len(d), 1))
+                gradient[few] = d
             dx[part] = gradient if weight is None else gradient @ weight
         ctx.save_for_backward(dx)
         return torch.cat(losses).sum() if losses else x.new_zeros((), dtype=precise)

@@ -1,4 +1,4 @@
-"""A linear layer of two trainable factors, of which every prefix is a smaller layer."""
+"""A linear layer of two factors, of which every prefix is a smaller layer, trained by updates of low rank."""
 
 from __future__ import annotations
 
@@ -7,31 +7,59 @@ from torch import Tensor, nn
 
 
 class NestedLinear(nn.Module):
-    """`y = (x right[:ρ]ᵀ) left[:, :ρ]ᵀ + bias`, at whatever rank `ρ` the attribute `rank` says.
+    """`y = (x right'[:ρ]ᵀ) left'[:, :ρ]ᵀ + bias`, at whatever rank `ρ` the attribute `rank` says.
 
     The ranks are in the order of their importance, so that a smaller layer is a part of a larger one, and training at
     many ranks trains one set of factors for all of them (as nested dropout does, arXiv 1402.0915).
 
-    Parameters: `left [out, k]`, `right [k, in]`, float32 whatever the model computes in. `bias` is frozen. A rank's
-    column in `left` and row in `right` have the same norm, so that one learning rate suits both.
+    What is trained are updates of rank `r` (LoRA's form, arXiv 2106.09685) of both factors, `left' = left + left_B
+    left_A` and `right' = right + right_B right_A`. They are part of the factors, so that they cost nothing to store,
+    and a smaller layer's updates are those columns of `left_A` and rows of `right_B` that its ranks have. The first
+    changes what the outputs do with the kept inner dimensions, the second which those are.
 
-    The gradients are added into `left.grad` and `right.grad`, which exist from the start: at rank ρ only ρ columns and
-    rows of them are touched.
+    Frozen: `left_t [k, out]` (`left` transposed, so that the first ranks lie side by side), `right [k, in]`, float32
+    whatever the model computes in; a rank's row in either has the same norm. `bias`.
+    Parameters, float32: `left_B [out, r]`, `left_A [r, k]`, `right_B [k, r]`, `right_A [r, in]`; B starts at zero.
+
+    The gradients are added into the parameters' `grad`, which exist from the start. The updated factors are made when
+    they are first needed, in the compute dtype, and kept until `forget_updates`, to be called when parameters change.
 
     Args:
         U, S, Vh, bias: factors as `SVDLinear` holds them, the most important rank first.
+        update_rank: `r`.
+        generator: of the start of `left_A` and `right_A`.
     """
 
-    def __init__(self, U: Tensor, S: Tensor, Vh: Tensor, bias: Tensor | None = None):
+    def __init__(
+        self,
+        U: Tensor,
+        S: Tensor,
+        Vh: Tensor,
+        bias: Tensor | None = None,
+        *,
+        update_rank: int = 32,
+        generator: torch.Generator | None = None,
+    ):
         super().__init__()
         self.out_features, self.in_features, self.full_rank = U.shape[0], Vh.shape[1], S.shape[0]
         self.rank = self.full_rank
         self.dtype = U.dtype
         left, right = balanced(U.double(), S.double(), Vh.double())
-        self.left = nn.Parameter(left.float().contiguous())
-        self.right = nn.Parameter(right.float().contiguous())
-        self.left.grad, self.right.grad = torch.zeros_like(self.left), torch.zeros_like(self.right)
+        self.register_buffer("left_t", left.t().float().contiguous())
+        self.register_buffer("right", right.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.detach())
+
+        def start(width: int) -> nn.Parameter:
+            # As PEFT's: uniform with variance 1 / (3 width).
+            values = torch.empty(update_rank, width, device=U.device)
+            return nn.Parameter(values.uniform_(-(width**-0.5), width**-0.5, generator=generator))
+
+        self.left_A, self.right_A = start(self.full_rank), start(self.in_features)
+        self.left_B = nn.Parameter(self.right.new_zeros(self.out_features, update_rank))
+        self.right_B = nn.Parameter(self.right.new_zeros(self.full_rank, update_rank))
+        for parameter in self.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self._updated: tuple[Tensor, Tensor] | None = None
         # Where the layer was before it was trained, to teach it; `teaching` says that it computes with that.
         self.dense: Tensor | None = None
         self.teaching = False
@@ -39,21 +67,35 @@ class NestedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.teaching:
             return nn.functional.linear(x, self.dense, self.bias)
-        if torch.is_grad_enabled():
-            return _NestedLinear.apply(x, self.left, self.right, self.bias, self.rank, self.dtype)
-        left, right = self.left[:, : self.rank].to(self.dtype), self.right[: self.rank].to(self.dtype)
-        return nn.functional.linear(nn.functional.linear(x, right), left, self.bias)
+        return _NestedLinear.apply(x, self.right_A, self)
+
+    @torch.no_grad()
+    def updated(self) -> tuple[Tensor, Tensor]:
+        """`(left'ᵀ [k, out], right' [k, in])` in the compute dtype."""
+        if self._updated is None:
+            self._updated = tuple(factor.to(self.dtype) for factor in self._exact())
+        return self._updated
+
+    def forget_updates(self) -> None:
+        """The parameters have changed."""
+        self._updated = None
+
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        left_t = torch.addmm(self.left_t, self.left_A.t(), self.left_B.t())
+        return left_t, torch.addmm(self.right, self.right_B, self.right_A)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(Uᵀ [k, out], S [k], Vh [k, in])`, float32, with rows of norm one."""
-        S = self.left.norm(dim=0) * self.right.norm(dim=1)
-        U = torch.nn.functional.normalize(self.left, dim=0).t()
-        Vh = torch.nn.functional.normalize(self.right, dim=1)
-        return U, S, Vh
+        left_t, right = self._exact()
+        S = left_t.norm(dim=1) * right.norm(dim=1)
+        return nn.functional.normalize(left_t), S, nn.functional.normalize(right)
 
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}/{self.full_rank}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}/{self.full_rank}, "
+            f"update_rank={self.left_A.shape[0]}"
+        )
 
 
 def balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,51 +111,49 @@ def balanced(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 def takes_effective_weight(tokens: int, in_features: int, out_features: int, rank: int) -> bool:
     """Whether a step is cheaper through the dense product of the factors.
 
-    Operations of forward and backward pass: through the factors `6 tokens rank (in + out)`; through the dense weight
-    `6 in out (tokens + rank)`: two products for `y` and `∂x`, one for the weight's gradient, one to make the weight
-    and two to take its gradient to the factors.
+    Operations of forward and backward pass that differ: through the factors `4 tokens rank (in + out)`; through the
+    dense weight `2 in out (2 tokens + rank)`: a product each for `y` and `∂x`, and one to make the weight.
     """
-    return in_features * out_features * (tokens + rank) < tokens * rank * (in_features + out_features)
+    return in_features * out_features * (2 * tokens + rank) < 2 * tokens * rank * (in_features + out_features)
 
 
 class _NestedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, left, right, bias, rank, dtype):
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        L, R = left[:, :rank].to(dtype), right[:rank].to(dtype)
-        ctx.effective = takes_effective_weight(len(flat), R.shape[1], L.shape[0], rank)
-        weight = L @ R if ctx.effective else None
-        z = None if ctx.effective else flat @ R.t()
-        y = flat @ weight.t() if ctx.effective else z @ L.t()
-        if bias is not None:
-            y += bias
-        ctx.save_for_backward(flat, z, weight)
-        ctx.left, ctx.right, ctx.rank, ctx.dtype = left, right, rank, dtype
+    def forward(ctx, x, parameter, layer):
+        rank, (left_t, right) = layer.rank, layer.updated()
+        left_t, right = left_t[:rank], right[:rank]
+        flat = x.reshape(-1, x.shape[-1]).to(layer.dtype)
+        weight = None
+        if takes_effective_weight(len(flat), layer.in_features, layer.out_features, rank):
+            weight = left_t.t() @ right
+            y = flat @ weight.t()
+        else:
+            y = (flat @ right.t()) @ left_t
+        if layer.bias is not None:
+            y += layer.bias
+        ctx.save_for_backward(flat, weight)
+        ctx.layer, ctx.left_t, ctx.right = layer, left_t, right
         return y.reshape(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, gradient):
-        flat, z, weight = ctx.saved_tensors
-        left, right, rank = ctx.left, ctx.right, ctx.rank
-        L, R = left.detach()[:, :rank].to(ctx.dtype), right.detach()[:rank].to(ctx.dtype)
-        g = gradient.reshape(-1, gradient.shape[-1]).to(ctx.dtype)
-        if ctx.effective:
-            dx = g @ weight if ctx.needs_input_grad[0] else None
-            dW = g.t() @ flat
-            _add_product(left.grad[:, :rank], dW, R.t())
-            _add_product(right.grad[:rank], L.t(), dW)
-        else:
-            h = g @ L
-            dx = h @ R if ctx.needs_input_grad[0] else None
-            _add_product(left.grad[:, :rank], g.t(), z)
-            _add_product(right.grad[:rank], h.t(), flat)
-        if dx is not None:
+        (x, weight), layer, left_t, right = ctx.saved_tensors, ctx.layer, ctx.left_t, ctx.right
+        rank = len(right)
+        g = gradient.reshape(-1, gradient.shape[-1]).to(layer.dtype)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ weight if weight is not None else (g @ left_t.t()) @ right
             dx = dx.to(gradient.dtype).reshape(*gradient.shape[:-1], -1)
-        return dx, None, None, None, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)
+        # Neither gᵀx nor a factor's whole gradient is ever made: the updates' pass through r dimensions each. What
+        # they multiply on the other side, `left_A right'` and `left' right_B`, is no larger than they are.
+        left_A, left_B = layer.left_A[:, :rank].to(layer.dtype), layer.left_B.to(layer.dtype)
+        right_A, right_B = layer.right_A.to(layer.dtype), layer.right_B[:rank].to(layer.dtype)
+        r = len(left_A)
+        u = x @ torch.cat([left_A @ right, right_A]).t()
+        v = g @ torch.cat([left_B.t(), right_B.t() @ left_t]).t()
+        gu, vx = g.t() @ u, v.t() @ x
+        layer.left_B.grad += gu[:, :r]
+        layer.right_A.grad += vx[r:]
+        layer.left_A.grad[:, :rank] += vx[:r] @ right.t()
+        layer.right_B.grad[:rank] += left_t @ gu[:, r:]
+        return dx, None, None
