@@ -80,6 +80,7 @@ _CONFIG_HELP = {
     "magnitude_power": "ASVD's α.",
     "distillation": "Weight of the dense model's probabilities in the loss; 0 for the next token alone (nested).",
     "learning_rate": "AdamW's highest learning rate (nested).",
+    "update_rank": "Rank of what is trained of each factor (nested).",
     "warmup_steps": "Steps in which it rises to that (nested).",
     "smallest_ratio": "The smallest size that is trained (nested) …",
     "largest_ratio": "… and the largest.",
@@ -339,6 +340,64 @@ def materialize(
     base = about.get("base_model") or about.get("base_name")
     save(model, output, tokenizer=_tokenizer(elastic), base_model=base, overwrite=overwrite)
     _print({"model": str(output), **_about(model, output)}, as_json)
+
+
+@app.command()
+def finetune(
+    model: Annotated[
+        pathlib.Path,
+        typer.Argument(help="A materialized model's directory, or with --size-ratio an elastic checkpoint."),
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for the new model.")],
+    data: Data = "c4",
+    column: Column = "text",
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    size_ratio: Annotated[
+        float | None, typer.Option("--size-ratio", "-s", help="The size to cut from an elastic checkpoint first.")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="AdamW's, for the adapters.")] = 2e-4,
+    adapter_rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter beside each low-rank layer.")] = 32,
+    adapter_alpha: Annotated[float, typer.Option(help="Its α: the adapter counts α/rank.")] = 16.0,
+    adapter_dropout: Annotated[float, typer.Option(help="Dropout on its input.")] = 0.05,
+    adapters: Annotated[
+        str,
+        typer.Option(
+            help="What becomes of them: merge (exactly, as further ranks) or truncate (to the ranks there were)."
+        ),
+    ] = "merge",
+    batch_size: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of adapters, dropout and the order of the data.")] = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+):
+    """Tune a compressed model at the size that it has: adapters are trained, and merged into its factors.
+
+    Example: `acip finetune smol-60 --data wikitext2 --steps 200 -o smol-60-tuned`
+    """
+    import acip_kernels
+
+    from . import data as texts
+    from . import files, save
+    from .compress import materialize as cut
+    from .models.saving import checkpoint_dtype
+
+    if adapters not in ("merge", "truncate"):
+        raise ValueError(f"--adapters must be merge or truncate, got {adapters!r}")
+    loaded, tokenizer = _load(str(model), device, "auto", size_ratio)
+    tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
+    batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=seed)
+    options = {"adapter_rank": adapter_rank, "adapter_alpha": adapter_alpha, "adapter_dropout": adapter_dropout}
+    options |= {"learning_rate": learning_rate, "gradient_accumulation": gradient_accumulation, "seed": seed}
+    result = acip_kernels.finetune(loaded, batches, steps, **options, progress=not as_json)
+    tuned = cut(result, 1.0, adapters=adapters, dtype=checkpoint_dtype(str(model)))
+    about = files.read_json(model / "config.json").get("quantization_config", {})
+    save(tuned, output, tokenizer=tokenizer, base_model=about.get("base_model"), overwrite=overwrite)
+    losses = [row["loss"] for row in result.history]
+    summary = {"model": str(output), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]}
+    _print(summary | _about(tuned, output), as_json)
 
 
 @app.command()

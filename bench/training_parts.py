@@ -62,6 +62,17 @@ def loss(chunk: int | None) -> Callable:
     return run
 
 
+def at_new_ranks(new: bool) -> Callable:
+    """A product in bfloat16 at a rank that no product had before, or at one that had one."""
+    x, ranks = torch.randn(TOKENS, WIDTH).bfloat16(), iter(range(8, WIDTH))
+
+    def run():
+        x @ torch.empty(next(ranks) if new else 7, WIDTH, dtype=torch.bfloat16).t()
+
+    run()
+    return run
+
+
 def attention(function: Callable, dtype: torch.dtype) -> Callable:
     """Forward and backward pass of one of SmolLM2-135M's attentions, 2 × 512 tokens."""
     q, k, v = (torch.randn(2, 512, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for heads in (9, 3, 3))
@@ -136,6 +147,9 @@ def measure(rounds: int) -> list[dict]:
         ("bfloat16 product 1024 × 576 × 576", "ours", {
             "ours": lambda: common.product(a, b), "torch's": lambda: a @ b}),
     ]  # fmt: skip
+    if common.multiplies_natively(torch.bfloat16):
+        choices.append(("a bfloat16 product of 1024 × 576 at a small rank", "seen before", {
+            "seen before": at_new_ranks(False), "new": at_new_ranks(True)}))  # fmt: skip
     for dtype in (torch.float32, torch.bfloat16):
         if common.multiplies_natively(dtype):
             name = f"attention of 2 × 512 tokens, 9 heads, {str(dtype).removeprefix('torch.')}"

@@ -14,7 +14,7 @@ from acip_kernels import cli
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
 BATCHES = ("--batch-size", 2, "--length", 16)
-COMMANDS = ("compress", "materialize", "evaluate", "info", "plot", "demo")
+COMMANDS = ("compress", "materialize", "finetune", "evaluate", "info", "plot", "demo")
 
 
 def acip(*arguments):
@@ -118,6 +118,20 @@ def test_materialize_quantizes(base, tmp_path):
     as_json("materialize", summary["elastic"], "-s", 0.8, "-o", tmp_path / "8", "--quantize", "int8")
     assert as_json("info", tmp_path / "8")["quantized"]["bits"] == 8
     assert "bits: 4" in acip("info", tmp_path / "near")
+
+
+@pytest.mark.parametrize("adapters", ["merge", "truncate"])
+def test_finetune_trains_and_merges(base, tmp_path, adapters):
+    folder, summary = base
+    elastic = folder / summary["elastic"]
+    small = as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "small", "--adapters", "drop")
+    options = ("--steps", 12, "--learning-rate", 1e-2, "--adapter-rank", 2, "--adapters", adapters, *BATCHES)
+    tuned = as_json("finetune", tmp_path / "small", "-d", folder / "text.txt", "-o", tmp_path / "tuned", *options)
+    assert tuned["last_loss"] < tuned["first_loss"]
+    assert (tuned["file_bytes"] > small["file_bytes"]) == (adapters == "merge")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
+    assert model(toys.token_ids()).logits.isfinite().all()
+    as_json("finetune", elastic, "-s", 0.6, "-d", folder / "text.txt", "-o", tmp_path / "cut", *options)
 
 
 def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_path):

@@ -18,8 +18,9 @@ from .factorize import svd_layers
 from .scores import ScoreMap, updated_scores
 
 # Ranks that are computed are a multiple of this, while there are dead ones to fill up with: products of other widths
-# take longer (`bench.training_parts`).
+# take longer, and in two bytes every new shape costs a compilation in torch's library (`bench.training_parts`).
 RANK_MULTIPLE = 8
+RANK_MULTIPLE_OF_TWO_BYTES = 32
 # What has to have died of a layer's computed ranks for a copy of the rest to be made. Copying all layers costs about
 # this share of a step (`bench.training_parts`), so it has paid after one.
 WORTH_COMPACTING = 1 / 32
@@ -148,7 +149,8 @@ class TrainingStep:
             ranks = self.map.ranks(self.map.masks).tolist() if ranks is None else ranks
             for layer, rank in zip(self.layers.values(), ranks, strict=True):
                 computed = layer.computed_rank
-                rank = min(-(-rank // RANK_MULTIPLE) * RANK_MULTIPLE, layer.full_rank)
+                multiple = RANK_MULTIPLE_OF_TWO_BYTES if layer.U.dtype.itemsize == 2 else RANK_MULTIPLE
+                rank = min(-(-rank // multiple) * multiple, layer.full_rank)
                 if rank < computed * (1.0 if everything else 1 - WORTH_COMPACTING):
                     layer.compact(_filled_up(layer.live, rank), join=True)
                     self._copies = None

@@ -1,8 +1,8 @@
 """Where linear layers may be computed by the native operator for few tokens, and what it is then told.
 
-The rule (see `LowRankLinear`): reading a module's weights must be the same as calling it. So a layer is taken only if it,
-and each of its children, is exactly of a class that is known here, has no hook and no forward of its own, and holds
-plain tensors on the input's device. That is looked up at each call, about a microsecond a layer, so that there is no
+The rule (see `LowRankLinear`): reading a module's weights must be the same as calling it. So a layer is taken only if
+it, and each of its children, is exactly of a class that is known here, has no hook and no forward of its own, and holds
+plain tensors on the input's device. That is looked up at each call, a few microseconds a layer, so that there is no
 stale answer.
 """
 

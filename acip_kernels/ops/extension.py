@@ -29,5 +29,5 @@ def takes(x: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
 
 
 def instruction_set() -> str | None:
-    """The instruction set that the native kernels run with here ("avx512_bf16", "avx512", "avx2", "portable"); None without them."""
+    """What the native kernels run with here: "avx512_bf16", "avx512", "avx2" or "portable"; None without them."""
     return module.isa() if module is not None else None

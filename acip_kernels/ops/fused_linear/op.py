@@ -9,8 +9,8 @@ x: `[..., in_features]`, float32, bfloat16 or float16. mode: `CONCATENATE`, the 
 siblings that share their input; `SWIGLU`, `silu(first) ⊙ second` of two layers; `GATED_MLP`, a third layer of that.
 spec: for each layer its form, a bit 1 if it has an `s` and 2 if it has a bias, and for each of its matrices (one if
 `DENSE`, else two) kind, columns and group. tensors: for each layer its matrices' (weight, then scales and zeros of
-quantized ones, see `ops.quantize`), then of a pivoted one `place` int32 `[out]`, at which output each pivot and then each
-other row is; then `s` float32 `[rank]`, then the bias.
+quantized ones, see `ops.quantize`), then of a pivoted one `place` int32 `[out]`, at which output each pivot and then
+each other row is; then `s` float32 `[rank]`, then the bias.
 
 Both products of a layer run in one parallel region of torch's threads with a barrier between them, as do all siblings.
 Sums are in float32, in one order for each instruction set, whatever the number of threads.
