@@ -114,9 +114,8 @@ class Sizing:
         stored, both, dense = self.ranks_stored(ranks, layers), (self.out + self.in_)[layers], self.dense[layers]
         never = torch.full_like(dense, torch.iinfo(torch.int64).max)
         # Beyond full rank, where a merged adapter may lead, the pivoted form's count would fall again.
-        pivoted = torch.where(
-            stored < self.full_rank[layers], stored * (both - stored) + self._pivot_bytes[layers], never
-        )
+        full = torch.minimum(self.out, self.in_)[layers]
+        pivoted = torch.where(stored < full, stored * (both - stored) + self._pivot_bytes[layers], never)
         sizes = {"dense": dense, "factors": stored * both, "pivoted": pivoted}
         return torch.stack([sizes[form] if form in (*self.forms, "dense") else never for form in FORMS])
 
