@@ -2,8 +2,8 @@
 
 The README's are those of `make demo`; with a path, that summary is first stored under `bench/results/`, and its plots
 under `docs/`. The training page's are those of `bench.training_step` and its neighbours, the quality page's those of
-`bench.quality`. So no number there is typed by hand; a test compares them with what this file makes of the stored
-results.
+`bench.quality`, the decoding page's those of `bench.decode_cpu` and `bench.generate`. So no number there is typed by
+hand; a test compares them with what this file makes of the stored results.
 """
 
 from __future__ import annotations
@@ -15,10 +15,20 @@ import sys
 
 from acip_kernels import files, report
 
-from . import quality, quality_search, training_parts, training_profile, training_routes, training_step
+from . import (
+    decode_cpu,
+    generate,
+    quality,
+    quality_search,
+    training_parts,
+    training_profile,
+    training_routes,
+    training_step,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, TRAINING, QUALITY = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "quality.md"
+DECODING = ROOT / "docs" / "decoding.md"
 RESULT = ROOT / "bench" / "results" / "demo.json"
 BEGIN, END = "<!-- made by bench/readme.py -->", "<!-- end -->"
 
@@ -89,6 +99,54 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         parts.append("### GPU\n")
         parts.append("Not measured: `make gpu` writes what belongs here.\n")
     return "\n".join(parts)
+
+
+def decoding_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
+    """The decoding page's section of measured numbers: single layers, then whole models, by device."""
+    parts = []
+    for path in sorted(results.glob("decode_cpu-*.json")):
+        summary = files.read_json(path)
+        parts.append(f"### Single layers: {measured_on(summary['device'])}\n")
+        parts.append(f"Medians of {summary['setting']['rounds']} rounds. {decode_cpu.stream_line(summary['stream'])}")
+        parts.append(decode_cpu.targets_table(summary["targets"]))
+        for dtype in dict.fromkeys(row["dtype"] for row in summary["rows"]):
+            rows = [row for row in summary["rows"] if row["dtype"] == dtype]
+            parts.append(f"{dtype}, µs a call, of weights that come from memory:\n")
+            parts.append(decode_cpu.short_table(rows))
+            if any(row["ratio"] is None and row["variant"] != "dense" for row in rows):
+                parts.append("Beside them, weight-only quantization of the dense layer by others:\n")
+                parts.append(decode_cpu.peers_table(rows))
+    if not parts:
+        parts.append("### Single layers\n")
+        parts.append("Not measured: `python -m bench.decode_cpu` writes what belongs here.\n")
+    models = sorted(results.glob("generate-*.json"))
+    for path in models:
+        summary = files.read_json(path)
+        setting = summary["setting"]
+        parts.append(f"### Whole models: {measured_on(summary['device'])}\n")
+        parts.append(
+            f"Greedy, {setting['prompt']} tokens of prompt and {setting['new_tokens']} new ones, the prompt's time "
+            f"counted; medians of {setting['rounds']} rounds; factors of random numbers, of the same size ratio in "
+            f"every layer; {summary['peak_memory_bytes'] / 1e9:.1f} GB at the peak.\n"
+        )
+        parts.append(generate.targets_table(summary["targets"]))
+        for result in summary["models"]:
+            parts.append(f"{result['model']}:\n")
+            parts.append(generate.table(result["rows"]))
+            if result["profile"]:
+                parts.append("Where the time goes, by torch's profiler:\n")
+                parts.append(generate.profile_table(result["profile"]))
+    if not models:
+        parts.append("### Whole models\n")
+        parts.append("Not measured: `python -m bench.generate` writes what belongs here.\n")
+    return "\n".join(parts)
+
+
+def measured_on(device: dict) -> str:
+    """What a measurement ran on, in a line."""
+    parts = [f"{device['device']}, {device['cores']} cores", device["instruction_set"], f"torch {device['torch']}"]
+    parts += [f"{name} {device[name]}" for name in ("transformers", "torchao") if device.get(name)]
+    return ", ".join(part for part in (*parts, device["date"][:10]) if part)
 
 
 def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
@@ -194,6 +252,7 @@ def main(source: str | None = None) -> None:
         for name in ("perplexity", "history", "ranks-0.6"):
             shutil.copyfile(plots / f"{name}.svg", ROOT / "docs" / f"demo-{name}.svg")
     made = {README: block(files.read_json(RESULT)), TRAINING: training_block(), QUALITY: quality_block()}
+    made[DECODING] = decoding_block()
     for path, text in made.items():
         files.write_text(path, with_block(path.read_text("utf-8"), text))
 

@@ -26,6 +26,11 @@ def test_the_quality_pages_numbers_are_those_of_the_committed_results():
     assert readme.with_block(text, readme.quality_block()) == text
 
 
+def test_the_decoding_pages_numbers_are_those_of_the_committed_results():
+    text = readme.DECODING.read_text("utf-8")
+    assert readme.with_block(text, readme.decoding_block()) == text
+
+
 def test_its_result_shows_what_the_demo_must():
     summary = files.read_json(readme.RESULT)
     rows = {(row["method"], row["size_ratio"]): row for row in summary["rows"]}
