@@ -299,13 +299,16 @@ def materialize(
     quantize_symmetric: Annotated[
         bool, typer.Option("--quantize-symmetric", help="No zero points: fewer bytes, larger errors (int4).")
     ] = False,
+    quantize_rounding: Annotated[
+        str, typer.Option(help="feedback (least error of the outputs) or nearest (quick, for a trial).")
+    ] = "feedback",
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             "-d",
-            help="With --quantize: round by what this text makes of the errors, which halves them or better; minutes "
-            "instead of seconds. See `compress --help`.",
+            help="With --quantize: round by what this text makes of the errors, instead of what the factors remember "
+            "of the text that they were made with. See `compress --help`.",
         ),
     ] = None,
     column: Column = "text",
@@ -330,6 +333,7 @@ def materialize(
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
     options["forms"] = tuple(forms) if forms else FORMS
     scheme = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
+    scheme["quantize_rounding"] = quantize_rounding
     if data is None:
         model = load(elastic, size_ratio, **source, **options, **scheme)
     else:

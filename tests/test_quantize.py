@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import acip_kernels
 from acip_kernels import CompressionResult, LowRankLinear, PivotLinear, evaluate, load, materialize, save
+from acip_kernels.compress.basis import whitened_svd
 from acip_kernels.compress.factorize import svd_layers
-from acip_kernels.compress.quantized import quantized_tensors
+from acip_kernels.compress.quantized import quantized_tensors, remembered_covariance
 from acip_kernels.compress.sizing import Sizing
-from acip_kernels.models.targets import weight_of
+from acip_kernels.models.targets import linear_layers, weight_of
 from acip_kernels.nn.quantized_linear import QuantizedLinear
 from acip_kernels.ops import quantize as q
 from acip_kernels.ops.quantize import Scheme
@@ -410,7 +411,7 @@ def test_every_form_occurs(llama):
 
 
 # Of the weights' norm. Errors of the pivot rows pass through C, and C's own meet rows that are no unit vectors.
-@pytest.mark.parametrize(("forms", "bounds"), [(("factors",), (0.02, 0.2)), (("pivoted", "factors"), (0.04, 0.4))])
+@pytest.mark.parametrize(("forms", "bounds"), [(("factors",), (0.02, 0.25)), (("pivoted", "factors"), (0.05, 0.5))])
 def test_every_layer_is_near_the_plain_one(result, forms, bounds):
     for size_ratio, (kind, bound) in itertools.product((1.0, 0.5), zip(q.KINDS, bounds, strict=True)):
         plain = materialize(result, size_ratio, forms=forms)
@@ -425,14 +426,57 @@ def test_covariances_lower_the_error(llama):
     covariances = {name: correlated(layer.in_features) for name, layer in svd_layers(llama.model).items()}
     for forms, size_ratio in ((("factors",), 0.5), (("pivoted",), 0.5), (("dense",), 1.0)):
         plain = materialize(llama, size_ratio, forms=forms)
+        options = {"forms": forms, "quantize": "int4"}
         models = [
-            materialize(llama, size_ratio, forms=forms, quantize="int4", covariances=known)
-            for known in (None, covariances)
+            materialize(llama, size_ratio, **options, quantize_rounding="nearest"),
+            materialize(llama, size_ratio, **options, covariances=covariances),
         ]
         for name, covariance in covariances.items():
             weight = effective(plain.get_submodule(name))
             errors = [output_error(effective(model.get_submodule(name)) - weight, covariance) for model in models]
             assert errors[1] < 0.75 * errors[0], (forms, name)
+
+
+def test_factors_remember_the_covariance_that_they_were_whitened_by():
+    for out, in_ in ((96, 64), (64, 64), (48, 80)):
+        weight, covariance = weight_of_shape(out, in_), correlated(in_)
+        _, _, Vh = whitened_svd(weight, covariance)
+        found = remembered_covariance(Vh)
+        torch.testing.assert_close(
+            Vh.double() @ found @ Vh.double().t(), torch.eye(len(Vh)).double(), rtol=0, atol=1e-4
+        )
+        assert float(torch.linalg.eigvalsh(found)[0]) > 0
+        if in_ <= out:
+            # Damped by 1e-5 of the mean variance when it was made.
+            assert float((found - covariance).norm()) < 1e-3 * float(covariance.norm())
+            narrow = remembered_covariance(Vh.bfloat16())
+            assert float((narrow - covariance).norm()) < 0.05 * float(covariance.norm())
+    for shape in ((40, 40), (30, 50)):
+        found = remembered_covariance(torch.linalg.qr(weight_of_shape(*shape).t()).Q.t())
+        torch.testing.assert_close(found, torch.eye(shape[1]).double(), rtol=0, atol=1e-5)
+    dead = torch.eye(4)
+    dead[2] = 0
+    assert bool(torch.isfinite(remembered_covariance(dead)).all())
+
+
+def test_what_is_remembered_lowers_the_error():
+    """As much as the covariance itself does."""
+    model, layers = wide("llama"), {}
+    for name, layer in linear_layers(model)[0].items():
+        layers[name] = correlated(layer.in_features, seed=len(layers))
+    acip_kernels.factorize(model, adapter_rank=0, covariances=layers)
+    acip_kernels.score_by_singular_values(model)
+    plain = materialize(model, 0.6)
+    known = {"nearest": {"quantize_rounding": "nearest"}, "remembered": {}, "given": {"covariances": layers}}
+    errors = dict.fromkeys(known, 0.0)
+    for label, options in known.items():
+        quantized = materialize(model, 0.6, quantize="int4", **options)
+        for name, covariance in layers.items():
+            weight = effective(plain.get_submodule(name))
+            error = output_error(effective(quantized.get_submodule(name)) - weight, covariance)
+            errors[label] += error / output_error(weight, covariance)
+    assert errors["remembered"] < 0.6 * errors["nearest"]
+    assert errors["given"] < 1.05 * errors["remembered"]
 
 
 def effective(module):
@@ -511,6 +555,8 @@ def test_what_a_quantized_model_cannot_do_is_said(llama, tmp_path):
         materialize(llama, 0.5, quantize="int5")
     with pytest.raises(ValueError, match="one of 32, 64, 128"):
         materialize(llama, 0.5, quantize="int4", quantize_group=8)
+    with pytest.raises(ValueError, match="quantize_rounding must be one of feedback, nearest"):
+        materialize(llama, 0.5, quantize="int4", quantize_rounding="up")
     mixed = copy.deepcopy(llama)
     norm = mixed.model.model.norm
     mixed.model.model.norm = torch.nn.Sequential(norm, QuantizedLinear(160, 160, kind="int8"))

@@ -18,7 +18,7 @@ from ..ops.quantize import Quantized, Scheme
 from .basis import damped_cholesky
 from .factorize import svd_layers
 from .pivot import pivot_form
-from .quantized import quantized_tensors
+from .quantized import quantized_tensors, rounding_metric
 from .sizing import FORMS, Sizing, check_size_ratio
 
 log = logging.getLogger("acip_kernels")
@@ -145,6 +145,7 @@ def materialize(
     quantize: str | None = None,
     quantize_group: int = 64,
     quantize_symmetric: bool = False,
+    quantize_rounding: str = "feedback",
 ) -> nn.Module:
     """An ordinary, independent model of size `size_ratio`; what it is made from stays as it is and can be cut again.
 
@@ -170,7 +171,10 @@ def materialize(
             `ops.quantize`); None for none. The same singular values stay, and each layer takes the form that then has
             the fewest bytes. Biases and everything else keep `dtype`.
         quantize_group: numbers of a row with one scale, 32, 64 or 128 (int4). quantize_symmetric: without zero points
-            (int4): fewer bytes, larger errors.
+            (int4): fewer bytes, larger errors. quantize_rounding: "feedback" rounds by what errors do to the outputs
+            (see `quantized.quantized_tensors`), for inputs of `covariances` or, without, of the covariance that the
+            factors remember (`quantized.remembered_covariance`): seconds for a layer of 4096 inputs; "nearest" is
+            quick.
 
     Raises:
         ValueError: a target that is out of range or cannot be reached, a model that is not factorized, or options of
@@ -184,6 +188,7 @@ def materialize(
     for name, layer in svd_layers(model).items():
         A, B = (layer.lora_A, layer.lora_B) if layer.adapter_rank and cut.adapters != "drop" else (None, None)
         live = cut.live[name].to(layer.S.device)
+        covariance = (covariances or {}).get(name)
         tensors = layer_tensors(
             layer.U[:, live],
             layer.S[live],
@@ -193,9 +198,10 @@ def materialize(
             layer.adapter_scaling,
             form=form[name],
             truncate=cut.adapters == "truncate",
-            covariance=(covariances or {}).get(name),
+            covariance=covariance,
             dtype=dtype or layer.U.dtype,
             scheme=scheme,
+            metric=None if scheme is None else rounding_metric(layer.Vh, covariance, quantize_rounding),
         )
         # A deep copy that meets a layer finds its replacement, wherever the layer is referred to.
         memo[id(layer)] = _module(tensors, layer, scheme, dtype or layer.U.dtype).train(layer.training)
@@ -228,6 +234,7 @@ def layer_tensors(
     covariance: Tensor | None = None,
     dtype: torch.dtype,
     scheme: Scheme | None = None,
+    metric: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """A layer's weights, from its live `U [out, ρ]`, `S [ρ]`, `Vh [ρ, in]` and its adapter `A [r, in]`, `B [out, r]`.
 
@@ -240,7 +247,8 @@ def layer_tensors(
         "factors": `Vh.weight [rank, in]` and `U.weight [out, rank]`, each rank's two parts of equal norm, so that
             both have the same scale in a narrow dtype;
         "pivoted": `P.weight [rank, in]`, `C.weight [out - rank, rank]` and `is_pivot`, see `PivotLinear`.
-        With a `scheme`, each weight's place is taken by `qweight`, `scales` and, if it has them, `zeros`.
+        With a `scheme`, each weight's place is taken by `qweight`, `scales` and, if it has them, `zeros`, rounded in
+        the `metric [in, in]` of the inputs (see `quantized_tensors`).
     """
     rank = S.shape[0]
     precise = S.dtype
@@ -259,7 +267,7 @@ def layer_tensors(
             right = torch.linalg.solve_triangular(L, right, upper=False, left=False)
         left, right = balanced(left, inner_S[:rank], right)
     if scheme is not None:
-        return quantized_tensors(left, right, form, scheme, covariance)
+        return quantized_tensors(left, right, form, scheme, metric)
     if form == "dense":
         return {"weight": (left @ right).to(dtype)}
     if form == "factors":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..nn.nested_linear import balanced
 from ..nn.pivot_linear import pack_bits
 from ..ops.quantize import Scheme, dequantize, quantize
 from .basis import damped_cholesky
 from .pivot import pivot_form
+
+ROUNDINGS = ("feedback", "nearest")
 
 
 def quantized_tensors(
@@ -16,29 +19,28 @@ def quantized_tensors(
 ) -> dict[str, Tensor]:
     """The tensors of the matrix `left [out, ρ] right [ρ, in]` in `form`, quantized.
 
-    Scales are searched by the squared error. Given the `covariance [in, in]` of the inputs, errors are those of the
-    outputs, and rounding takes them back where it can (see `ops.quantize.quantize`): first `Vh`, or `P`, in the metric
-    of the inputs; then `U`, or `C`, which is fitted anew by least squares to what the rounded first one makes of them,
-    is rounded in the metric of that.
-
-    Two factors are free up to a scale of each rank: `U` gets columns of equal largest magnitude, as a scale that many
-    columns share is then wasted on none; `Vh`, whose rows have scales of their own, the rest.
+    Without a covariance, every number is rounded to the nearest code. Given the `covariance [in, in]` of the inputs,
+    errors are those of the outputs, and rounding takes them back where it can (see `ops.quantize.quantize`): first
+    `Vh`, or `P`, in the metric of the inputs; then `U`, or `C`, which is fitted anew by least squares to what the
+    rounded first one makes of them, is rounded in the metric of that. That matters most for the pivoted form: errors
+    of `P` pass through `C`, and its inputs, the pivot rows' outputs, are far from uncorrelated.
 
     Returns `{"Vh.qweight": …, "Vh.scales": …, …}` by the names of the form's parts (none for "dense"), with `is_pivot`
     for "pivoted", as `materialize.layer_tensors`.
     """
     if form == "dense":
-        return _named("", _rounded(left @ right, scheme, covariance))
+        return _named("", quantize(left @ right, **scheme.options, covariance=covariance))
     if form == "factors":
-        largest = left.abs().amax(0) if len(left) else left.new_ones(left.shape[1])
-        largest = torch.where(largest > 0, largest, 1)
-        first, second, rows, names = right * largest[:, None], left / largest, slice(None), ("Vh.", "U.")
+        # An adapter's parts, merged exactly, have whatever norms training gave them; one large column of U would
+        # cost all that share its scale.
+        second, first = balanced(left, torch.ones_like(left[0]), right)
+        rows, names = slice(None), ("Vh.", "U.")
     else:
         first, second, pivots = pivot_form(left, right)
         rows, names = ~pivots, ("P.", "C.")
-    first = _rounded(first, scheme, covariance)
+    first = quantize(first, **scheme.options, covariance=covariance)
     metric = None
-    if covariance is not None and bool(covariance.any()) and len(right):
+    if covariance is not None and len(right):
         made = dequantize(*first, cols=right.shape[1], group=scheme.group, dtype=torch.float64)
         moved = made @ covariance.to(made)
         metric = moved @ made.t()
@@ -46,12 +48,42 @@ def quantized_tensors(
         if L is not None:
             wanted = left[rows].double() @ (right.double() @ moved.t())
             second = torch.cholesky_solve(wanted.t(), L).t()
-    tensors = _named(names[0], first) | _named(names[1], _rounded(second, scheme, metric))
+    tensors = _named(names[0], first) | _named(names[1], quantize(second, **scheme.options, covariance=metric))
     return tensors if form == "factors" else tensors | {"is_pivot": pack_bits(pivots)}
 
 
-def _rounded(weight: Tensor, scheme: Scheme, covariance: Tensor | None):
-    return quantize(weight, **scheme.options, search=True, covariance=covariance)
+def remembered_covariance(Vh: Tensor) -> Tensor:
+    """The covariance `[in, in]` in which the rows of `Vh [k, in]`, all that there are, are orthonormal; float64.
+
+    A decomposition that was whitened by the inputs' covariance (`basis.whitened_svd`) has such rows: of a layer with no
+    more inputs than outputs, this is that covariance again. In the directions that a wider layer's `Vh` does not see it
+    is taken to be as in the mean of the others. For a plain decomposition it is the identity. Training and narrow
+    dtypes change the rows a little, and scaling them to unit norm, as nested training does, weighs directions
+    otherwise; it stays far nearer to the truth than the identity.
+    """
+    Vh = Vh.double()
+    gram = Vh @ Vh.t()
+    damping = 0.0
+    while True:
+        L, failed = torch.linalg.cholesky_ex(gram + damping * torch.diag(gram.diagonal().mean().expand(len(gram))))
+        if not failed:
+            break
+        damping = max(10 * damping, 1e-12)
+    pseudo_inverse = torch.cholesky_solve(Vh, L).t()  # Vhᵀ (Vh Vhᵀ)⁻¹
+    covariance = pseudo_inverse @ pseudo_inverse.t()
+    if Vh.shape[0] < Vh.shape[1]:
+        unseen = torch.eye(Vh.shape[1], dtype=Vh.dtype, device=Vh.device) - pseudo_inverse @ Vh
+        covariance += covariance.diagonal().sum() / len(Vh) * (unseen + unseen.t()) / 2
+    return covariance
+
+
+def rounding_metric(Vh: Tensor, covariance: Tensor | None, rounding: str) -> Tensor | None:
+    """What `quantized_tensors` takes as covariance: the one that is known, else what `Vh` remembers; by `rounding`."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"quantize_rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if rounding == "nearest":
+        return None
+    return remembered_covariance(Vh) if covariance is None else covariance
 
 
 def _named(prefix: str, quantized) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from ..compress.config import CompressionConfig
 from ..compress.factorize import cached_svd, svd_layers
 from ..compress.materialize import Cut, layer_tensors, materialize, plan_cut
 from ..compress.nested import NestedConfig, RankingConfig
+from ..compress.quantized import rounding_metric
 from ..compress.result import CompressionResult
 from ..compress.sizing import FORMS, Sizing, check_forms
 from ..nn import SVDLinear
@@ -106,6 +107,7 @@ def load(
     quantize: str | None = None,
     quantize_group: int = 64,
     quantize_symmetric: bool = False,
+    quantize_rounding: str = "feedback",
     fuse: bool = False,
 ) -> nn.Module:
     """A model from a directory that this package wrote, in evaluation mode.
@@ -119,8 +121,8 @@ def load(
         base_model, svd_cache: for a compact elastic checkpoint, where the base model is now, and a directory that
             keeps its decompositions.
         dtype, device_map: as for `from_pretrained`.
-        quantize, quantize_group, quantize_symmetric: with a size_ratio, as for `materialize`. A materialized checkpoint
-            loads as it is, quantized or not.
+        quantize, quantize_group, quantize_symmetric, quantize_rounding: with a size_ratio, as for `materialize`. A
+            materialized checkpoint loads as it is, quantized or not.
         fuse: of an ordinary model, let sibling layers be computed in one call, see `acip_kernels.fuse`.
 
     Raises:
@@ -153,8 +155,8 @@ def load(
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
         if size_ratio is None:
             return model
-        quantization = {"quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
-        return _fused_if(fuse, materialize(model, size_ratio, **options, quantize=quantize, **quantization))
+        options |= {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
+        return _fused_if(fuse, materialize(model, size_ratio, **options, quantize_rounding=quantize_rounding))
     with _Elastic(path, acip) as elastic:
         elastic.check_model(config)
         if size_ratio is None:
@@ -162,7 +164,7 @@ def load(
             config.quantization_config = _factorized(acip).to_dict()
         else:
             cut = elastic.cut(size_ratio, scheme=scheme, **options)
-            state = elastic.materialized(cut)
+            state = elastic.materialized(cut, quantize_rounding)
             quantizer.describe(config, *_ranks(state), size_ratio=size_ratio, count=count, cut=cut)
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
@@ -355,11 +357,12 @@ class _Elastic:
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
 
     @torch.no_grad()
-    def materialized(self, cut: Cut) -> dict[str, Tensor]:
-        """The state of the factorized layers' ordinary forms; what was pruned is never read."""
-        state, form = {}, cut.forms
+    def materialized(self, cut: Cut, rounding: str) -> dict[str, Tensor]:
+        """The state of the factorized layers' ordinary forms; what was pruned is not read, but for rounding's sake."""
+        state, form, scheme = {}, cut.forms, cut.sizing.scheme
         for (name, options), rank in zip(self.layers.items(), cut.ranks.tolist(), strict=True):
             U, Vh = (self.where[f"{name}.{key}"][0].get_slice(f"{name}.{key}") for key in ("U", "Vh"))
+            metric = None if scheme is None else rounding_metric(Vh[:], None, rounding)
             U, Vh = U[:, :rank], Vh[:rank]
             r = options.get("adapter_rank", 0) if cut.adapters != "drop" else 0
             tensors = layer_tensors(
@@ -372,7 +375,8 @@ class _Elastic:
                 form=form[name],
                 truncate=cut.adapters == "truncate",
                 dtype=U.dtype,
-                scheme=cut.sizing.scheme,
+                scheme=scheme,
+                metric=metric,
             )
             if "weight" in tensors:
                 if options.get("source_type") == "Conv1D":
