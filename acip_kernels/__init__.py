@@ -18,7 +18,7 @@ from .compress.finetune import finetune
 from .compress.scores import score_by_singular_values
 from .models.fuse import fuse, unfuse
 from .models.saving import load, save
-from .nn import LowRankLinear, PivotLinear, SVDLinear
+from .nn import LowRankLinear, PivotLinear, QuantizedLinear, SVDLinear
 from .ops import linear_cross_entropy, lowrank_linear, masked_svd_linear
 from .version import __version__
 
@@ -28,6 +28,7 @@ __all__ = [
     "LowRankLinear",
     "NestedConfig",
     "PivotLinear",
+    "QuantizedLinear",
     "RankingConfig",
     "SVDLinear",
     "Sizing",

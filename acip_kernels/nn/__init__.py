@@ -1,7 +1,8 @@
-"""Modules: a linear layer kept as two factors, and one that ACIP prunes."""
+"""Modules: a linear layer kept as two factors, pivoted or quantized, and one that ACIP prunes."""
 
 from .lowrank_linear import LowRankLinear
 from .pivot_linear import PivotLinear
+from .quantized_linear import QuantizedLinear
 from .svd_linear import SVDLinear
 
-__all__ = ["LowRankLinear", "PivotLinear", "SVDLinear"]
+__all__ = ["LowRankLinear", "PivotLinear", "QuantizedLinear", "SVDLinear"]
