@@ -18,7 +18,7 @@ import acip_kernels
 from acip_kernels import CompressionResult, LowRankLinear, PivotLinear, evaluate, load, materialize, save
 from acip_kernels.compress.basis import whitened_svd
 from acip_kernels.compress.factorize import svd_layers
-from acip_kernels.compress.quantized import quantized_tensors, remembered_covariance
+from acip_kernels.compress.quantized import quantized_tensors, remembered_covariance, rounding_metric
 from acip_kernels.compress.sizing import Sizing
 from acip_kernels.models.targets import linear_layers, weight_of
 from acip_kernels.nn.quantized_linear import QuantizedLinear
@@ -457,6 +457,14 @@ def test_factors_remember_the_covariance_that_they_were_whitened_by():
     dead = torch.eye(4)
     dead[2] = 0
     assert bool(torch.isfinite(remembered_covariance(dead)).all())
+    assert torch.equal(remembered_covariance(torch.zeros(3, 4)), torch.eye(4).double())
+    with pytest.raises(ValueError, match="Vh holds NaN"):
+        remembered_covariance(dead / dead)
+    # Without singular values, the rows' scales are those.
+    basis = torch.linalg.qr(weight_of_shape(6, 6)).Q
+    scaled = torch.arange(1.0, 7)[:, None] * basis
+    found = rounding_metric(scaled, torch.ones(6), None, "feedback")
+    torch.testing.assert_close(found, torch.eye(6).double(), rtol=0, atol=1e-5)
 
 
 def test_what_is_remembered_lowers_the_error():

@@ -62,7 +62,11 @@ def remembered_covariance(Vh: Tensor) -> Tensor:
     otherwise; it stays far nearer to the truth than the identity.
     """
     Vh = Vh.double()
+    if not bool(torch.isfinite(Vh).all()):
+        raise ValueError("a layer's Vh holds NaN or infinite values")
     gram = Vh @ Vh.t()
+    if not bool(gram.any()):
+        return torch.eye(Vh.shape[1], dtype=Vh.dtype, device=Vh.device)
     damping = 0.0
     while True:
         L, failed = torch.linalg.cholesky_ex(gram + damping * torch.diag(gram.diagonal().mean().expand(len(gram))))
@@ -77,13 +81,17 @@ def remembered_covariance(Vh: Tensor) -> Tensor:
     return covariance
 
 
-def rounding_metric(Vh: Tensor, covariance: Tensor | None, rounding: str) -> Tensor | None:
+def rounding_metric(Vh: Tensor, S: Tensor, covariance: Tensor | None, rounding: str) -> Tensor | None:
     """What `quantized_tensors` takes as covariance: the one that is known, else what `Vh` remembers; by `rounding`."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"quantize_rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if rounding == "nearest":
         return None
-    return remembered_covariance(Vh) if covariance is None else covariance
+    if covariance is not None:
+        return covariance
+    # Without singular values (a model that was tuned at one size), rows have the scales that those would have.
+    apart = bool(S.max() > S.min())
+    return remembered_covariance(Vh if apart else torch.nn.functional.normalize(Vh.double()))
 
 
 def _named(prefix: str, quantized) -> dict[str, Tensor]:

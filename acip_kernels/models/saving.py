@@ -362,7 +362,7 @@ class _Elastic:
         state, form, scheme = {}, cut.forms, cut.sizing.scheme
         for (name, options), rank in zip(self.layers.items(), cut.ranks.tolist(), strict=True):
             U, Vh = (self.where[f"{name}.{key}"][0].get_slice(f"{name}.{key}") for key in ("U", "Vh"))
-            metric = None if scheme is None else rounding_metric(Vh[:], None, rounding)
+            metric = None if scheme is None else rounding_metric(Vh[:], self.get(f"{name}.S"), None, rounding)
             U, Vh = U[:, :rank], Vh[:rank]
             r = options.get("adapter_rank", 0) if cut.adapters != "drop" else 0
             tensors = layer_tensors(
