@@ -36,21 +36,21 @@ TEXTS = ("wikipedia", "news")
 HELD_OUT = 20
 CONTEXT, LENGTH = 1024, 1024
 CALIBRATION_BATCHES = 32
-STEPS = 120
+STEPS = 400
 FACTORS = ("dense", "factors")
 
 METHODS = {
-    "nested": lambda seed: NestedConfig(steps=STEPS, calibration_batches=CALIBRATION_BATCHES, seed=seed),
-    "importance": lambda seed: RankingConfig(method="importance", calibration_batches=CALIBRATION_BATCHES),
-    "acip": lambda seed: CompressionConfig.short(STEPS * 4 // 5, stop_ratio=0.4, seed=seed),
-    "svd_llm": lambda seed: _baseline("svd_llm", "uniform", FACTORS),
-    "svd_llm_v2": lambda seed: _baseline("svd_llm", "loss", FACTORS),
-    "svd_llm_pivoted": lambda seed: _baseline("svd_llm", "uniform", (*FACTORS, "pivoted")),
-    "svd_llm_v2_pivoted": lambda seed: _baseline("svd_llm", "loss", (*FACTORS, "pivoted")),
-    "asvd": lambda seed: _baseline("asvd", "sensitivity", FACTORS),
-    "svd": lambda seed: _baseline("svd", "global", FACTORS),
-    "dense_tuned": lambda seed: NestedConfig(
-        steps=STEPS, calibration_batches=CALIBRATION_BATCHES, smallest_ratio=1.0, largest_ratio=1.0, seed=seed
+    "nested": lambda seed, steps: NestedConfig(steps=steps, calibration_batches=CALIBRATION_BATCHES, seed=seed),
+    "importance": lambda seed, steps: RankingConfig(method="importance", calibration_batches=CALIBRATION_BATCHES),
+    "acip": lambda seed, steps: CompressionConfig.short(steps * 4 // 5, stop_ratio=0.4, seed=seed),
+    "svd_llm": lambda seed, steps: _baseline("svd_llm", "uniform", FACTORS),
+    "svd_llm_v2": lambda seed, steps: _baseline("svd_llm", "loss", FACTORS),
+    "svd_llm_pivoted": lambda seed, steps: _baseline("svd_llm", "uniform", (*FACTORS, "pivoted")),
+    "svd_llm_v2_pivoted": lambda seed, steps: _baseline("svd_llm", "loss", (*FACTORS, "pivoted")),
+    "asvd": lambda seed, steps: _baseline("asvd", "sensitivity", FACTORS),
+    "svd": lambda seed, steps: _baseline("svd", "global", FACTORS),
+    "dense_tuned": lambda seed, steps: NestedConfig(
+        steps=steps, calibration_batches=CALIBRATION_BATCHES, smallest_ratio=1.0, largest_ratio=1.0, seed=seed
     ),
 }
 
@@ -67,7 +67,9 @@ def _baseline(method, allocation, forms):
     )
 
 
-def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, target: pathlib.Path, on=TEXTS) -> None:
+def run_method(
+    method: str, seed: int, steps: int, sizes, windows: int, work: pathlib.Path, target: pathlib.Path, on=TEXTS
+) -> None:
     """Compress by `method`, and evaluate what is missing of `sizes` on the texts `on` in the result file `target`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,19 +81,19 @@ def run_method(method: str, seed: int, sizes, windows: int, work: pathlib.Path, 
         "wikipedia": texts.tokenize(tokenizer, articles[-HELD_OUT:]),
         "news": texts.tokenize(tokenizer, texts.demo_news(log=console.print)),
     }
-    config = None if method == "dense" else METHODS[method](seed)
+    config = None if method == "dense" else METHODS[method](seed, steps)
     batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=seed)
     # The seed is of what is trained; all rank on the same tokens.
     calibration = texts.Batches(training, batch_size=1, length=LENGTH, seed=0)
     result = files.read_json(target) if target.exists() else {"method": method, "seed": seed, "rows": []}
-    steps = config.max_prune_steps + config.tune_steps if method == "acip" else getattr(config, "steps", 0)
+    trained = config.max_prune_steps + config.tune_steps if method == "acip" else getattr(config, "steps", 0)
     setting = {
         "config": config and config.to_dict(),
         "perplexity_on": {name: tokens.numel() for name, tokens in tests.items()},
         "context": CONTEXT,
         "windows": windows,
         "calibration_tokens": CALIBRATION_BATCHES * LENGTH,
-        "training_tokens": steps * LENGTH,
+        "training_tokens": trained * LENGTH,
     }
     if result.get("setting", setting) != setting and result["rows"]:
         raise ValueError(f"{target} was measured with another setting: remove it to measure anew")
@@ -197,6 +199,7 @@ def main(
         list[str] | None, typer.Option(help=f"Repeatable: dense, {', '.join(METHODS)}. Default: all.")
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Repeatable. Default: 0.")] = None,
+    steps: Annotated[int, typer.Option(help="Of 1024 tokens, of the methods that train.")] = STEPS,
     size_ratio: Annotated[
         list[float] | None, typer.Option("--size-ratio", "-s", help="Repeatable. Default: all.")
     ] = None,
@@ -216,7 +219,7 @@ def main(
             raise typer.BadParameter(f"--method must be dense or one of {', '.join(METHODS)}, got {one}")
         for number in seed or [0]:
             target = results / f"{one}-{number}.json"
-            run_method(one, number, size_ratio or SIZES, windows, work, target, text or TEXTS)
+            run_method(one, number, steps, size_ratio or SIZES, windows, work, target, text or TEXTS)
     stored = read_results(results)
     typer.echo(table(stored))
     rows = [row for result in stored for row in result["rows"] if result["seed"] == 0 and "perplexity" in row]
