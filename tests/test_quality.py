@@ -1,0 +1,38 @@
+"""`bench.quality`: its table, and what an interrupted call leaves to do, without a model."""
+
+import pathlib
+
+from bench import quality
+
+SETTING = {"training_tokens": 61440}
+
+
+def result(method, seed, rows):
+    return {"method": method, "seed": seed, "setting": SETTING, "rows": rows}
+
+
+def test_the_table_has_the_median_and_the_range_of_the_seeds():
+    found = [
+        result("nested", seed, [{"size_ratio": 0.8, "wikipedia": value}, {"size_ratio": 0.4, "wikipedia": 2000.0}])
+        for seed, value in enumerate((17.0, 19.0, 18.0))
+    ]
+    # Evaluated on another text alone: no row here.
+    found.append(result("svd", 0, [{"size_ratio": 0.8, "news": 9.0}]))
+    lines = quality.table(found).splitlines()
+    assert lines[0] == "| method | tokens trained | seeds | 0.8 | 0.4 |"
+    assert lines[2:] == ["| nested | 61 k | 3 | 18.0 (17.0–19.0) | 2e+03 (2e+03–2e+03) |"]
+    assert quality.table(found, "news").splitlines()[2:] == ["| svd | 61 k | 1 | 9.0 |"]
+
+
+def test_every_method_has_a_configuration_that_says_so():
+    for method, make in quality.METHODS.items():
+        config = make(seed=3, steps=40).to_dict()
+        if "steps" in config:
+            assert config["steps"] == 40 and config["seed"] == 3, method
+        assert config["forms"] == quality.FACTORS or "pivoted" in config["forms"], method
+
+
+def test_results_are_read_in_order(tmp_path: pathlib.Path):
+    for name in ("svd-0", "nested-1", "nested-0"):
+        (tmp_path / f"{name}.json").write_text(f'{{"method": "{name}"}}')
+    assert [one["method"] for one in quality.read_results(tmp_path)] == ["nested-0", "nested-1", "svd-0"]
