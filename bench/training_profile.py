@@ -18,8 +18,11 @@ from .training_step import Ours, Setting, markdown, name_of, result_path
 
 # The first kind whose prefix fits has it. Self time only, so nothing counts twice.
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
+    # Batched products are attention's alone.
+    "attention": (
+        "aten::_scaled_dot_product", "aten::_flash_attention", "aten::bmm", "acip::causal_", "acip::softmax_gradient_",
+    ),
     "our kernels: dropout": ("acip::dropout",),
     "our kernels: scaling, mask gradient": ("acip::scale_ranks", "acip::mask_gradient_"),
     "our kernels: cross-entropy": ("acip::cross_entropy_",),
