@@ -38,9 +38,7 @@ def pivot_linear(
         RuntimeError: a backend that is not available here.
     """
     x, P, C, bias = common.autocast(x, P, C, bias)
-    implementation = common.choose_backend(
-        OPERATOR, backend, BACKENDS, x if isinstance(x, Tensor) else None, DTYPES
-    )
+    implementation = common.choose_backend(OPERATOR, backend, BACKENDS, x if isinstance(x, Tensor) else None, DTYPES)
     common.check_factors(OPERATOR, x, P, C, None, names=("P", "C"))
     out_features = P.shape[0] + C.shape[0]
     if inverse.shape != (out_features,) or inverse.is_floating_point():
