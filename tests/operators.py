@@ -13,6 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from acip_kernels.ops import extension
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # No, one and several tokens in zero to four leading dimensions.
@@ -24,6 +26,20 @@ examples = settings(max_examples=100, deadline=None, derandomize=True)
 def precise(dtype: torch.dtype) -> torch.dtype:
     """The dtype of singular values and masks, and of sums, beside `dtype`."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def instruction_sets() -> list[str]:
+    """Those of the native kernels that run here; none without them."""
+    found = []
+    for name in ("portable", "avx2", "avx512", "avx512_bf16") if extension.available() else ():
+        try:
+            extension.module.use_isa(name)
+            found.append(name)
+        except ValueError:  # not this processor's
+            pass
+    if found:
+        extension.module.use_isa()
+    return found
 
 
 # ---- problems

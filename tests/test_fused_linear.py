@@ -16,25 +16,11 @@ from acip_kernels.ops.pivot_linear.op import pivot_linear
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 TOKENS = (1, 2, 5, 7, 13, 32)
 KINDS = {"plain": op.PLAIN, "int8": op.INT8, "int4": op.INT4, "int4 with zeros": op.INT4_ZEROS}
 
 
-def here():
-    found = []
-    for name in ISAS if extension.available() else ():
-        try:
-            extension.module.use_isa(name)
-            found.append(name)
-        except ValueError:  # not this processor's
-            pass
-    if found:
-        extension.module.use_isa()
-    return found
-
-
-@pytest.fixture(params=here())
+@pytest.fixture(params=operators.instruction_sets())
 def isa(request):
     extension.module.use_isa(request.param)
     assert extension.instruction_set() == request.param

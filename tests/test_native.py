@@ -17,21 +17,7 @@ needs_native = pytest.mark.skipif(not extension.available(), reason="the native 
 one_thread = operators.one_thread  # a fixture of every test here
 
 
-def instruction_sets():
-    if not extension.available():
-        return []
-    found = []
-    for name in ("portable", "avx2", "avx512"):
-        try:
-            extension.module.use_isa(name)
-            found.append(name)
-        except ValueError:
-            pass
-    extension.module.use_isa()
-    return found
-
-
-@pytest.fixture(params=instruction_sets())
+@pytest.fixture(params=operators.instruction_sets())
 def isa(request):
     extension.module.use_isa(request.param)
     assert extension.instruction_set() == request.param
