@@ -20,6 +20,7 @@ from acip_kernels import CompressionConfig, SVDLinear, compress, factorize
 from acip_kernels.compress.config import compute_dtype
 from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.scores import ScoreMap, updated_scores
+from acip_kernels.compress.step import TrainingStep
 
 
 def make_batches(count=6, batch=2, length=12, seed=3):
@@ -574,7 +575,7 @@ def test_accumulation_on_the_effective_route_is_the_joint_batch():
 @pytest.mark.parametrize("route", ["auto", "factored", "effective"])
 def test_a_run_resumed_while_compacted_is_bit_identical_on_every_route(tmp_path, route, monkeypatch):
     # A toy's layers have no more ranks than the multiple that two bytes like.
-    monkeypatch.setattr("acip_kernels.compress.step.RANK_MULTIPLE_OF_TWO_BYTES", 8)
+    monkeypatch.setattr(sys.modules[TrainingStep.__module__], "RANK_MULTIPLE_OF_TWO_BYTES", 8)
     changes = {"adapter_dropout": 0.2, "route": route, "gradient_accumulation": 2}
     whole = run(config=short(16, 0.4, **changes))
     config = short(16, 0.4, **changes, checkpoint_seconds=0.0)
