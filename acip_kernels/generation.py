@@ -248,7 +248,8 @@ class _FilledLayer(CacheLayerMixin):
         return self.keys[:, :, start:end], self.values[:, :, start:end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise NotImplementedError("a decoding step has no masks")
+        # transformers asks for this to make a mask, and makes none for an attention that it knows no masks of.
+        raise RuntimeError("this model makes a mask for each token, which the compiled loop does not: use generate()")
 
     def get_seq_length(self) -> int:
         return self.past

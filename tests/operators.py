@@ -42,6 +42,15 @@ def instruction_sets() -> list[str]:
     return found
 
 
+@pytest.fixture(params=instruction_sets())
+def isa(request):
+    """Each instruction set in turn; the best one afterwards."""
+    extension.module.use_isa(request.param)
+    assert extension.instruction_set() == request.param
+    yield request.param
+    extension.module.use_isa()
+
+
 # ---- problems
 
 

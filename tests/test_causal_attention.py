@@ -41,7 +41,7 @@ def test_output_and_gradients_against_float64(monkeypatch, shape, dtype, native)
     if not native:
         monkeypatch.setattr(extension, "takes", lambda x: False)
     elif not extension.available():
-        pytest.skip("the native extension is not built")
+        pytest.skip("the native extension is not built")  # .ci/run requires it, so there nothing is skipped
     *sizes, block = shape
     q, k, v, g = problem(*sizes, dtype)
     _, heads, key_heads, length, width = sizes
@@ -73,7 +73,7 @@ def test_output_and_gradients_against_float64(monkeypatch, shape, dtype, native)
 @pytest.mark.parametrize("dtype", extension.DTYPES, ids=str)
 def test_the_native_softmax_is_the_reference_one(dtype):
     if not extension.available():
-        pytest.skip("the native extension is not built")
+        pytest.skip("the native extension is not built")  # .ci/run requires it, so there nothing is skipped
     generator = torch.Generator().manual_seed(0)
     for batch, groups, block, keys in ((1, 1, 1, 1), (2, 3, 5, 21), (1, 2, 16, 64)):
         scores = operators.numbers(generator, batch, groups * block, keys, dtype=dtype)

@@ -17,12 +17,7 @@ needs_native = pytest.mark.skipif(not extension.available(), reason="the native 
 one_thread = operators.one_thread  # a fixture of every test here
 
 
-@pytest.fixture(params=operators.instruction_sets())
-def isa(request):
-    extension.module.use_isa(request.param)
-    assert extension.instruction_set() == request.param
-    yield request.param
-    extension.module.use_isa()
+isa = operators.isa  # a fixture
 
 
 def numbers(*shape, dtype, seed=0):
