@@ -391,6 +391,8 @@ def finetune(
     if adapters not in ("merge", "truncate"):
         raise ValueError(f"--adapters must be merge or truncate, got {adapters!r}")
     loaded, tokenizer = _load(str(model), device, "auto", size_ratio)
+    if any(hasattr(module, "set_live") for module in loaded.modules()):
+        raise ValueError(f"{model} is an elastic checkpoint, of every size: say which with --size-ratio")
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=seed)
     options = {"adapter_rank": adapter_rank, "adapter_alpha": adapter_alpha, "adapter_dropout": adapter_dropout}

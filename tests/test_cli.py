@@ -132,6 +132,8 @@ def test_finetune_trains_and_merges(base, tmp_path, adapters):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert model(toys.token_ids()).logits.isfinite().all()
     as_json("finetune", elastic, "-s", 0.6, "-d", folder / "text.txt", "-o", tmp_path / "cut", *options)
+    with pytest.raises(ValueError, match="say which with --size-ratio"):
+        acip("finetune", elastic, "-d", folder / "text.txt", "-o", tmp_path / "none", *options)
 
 
 def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_path):
