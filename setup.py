@@ -1,7 +1,7 @@
 """Builds the native extension where there is a compiler; without one the package installs and runs all the same.
 
 Everything else is in pyproject.toml. The kernels in csrc/cpu are compiled once for each instruction set, and the
-processor chooses at run time; bindings.cpp is compiled against the torch that is installed, hence
+processor chooses at run time; the files in csrc are compiled against the torch that is installed, hence
 `pip install --no-build-isolation`.
 """
 
@@ -88,7 +88,7 @@ def extension():
 
     module = CppExtension(
         "acip_kernels._native",
-        ["csrc/bindings.cpp"],
+        ["csrc/bindings.cpp", "csrc/prepared.cpp"],
         include_dirs=[str(ROOT / "csrc/include")],
         # OpenMP is torch's own: at::parallel_for is a header.
         extra_compile_args=["-O2", "-std=c++20", "-fopenmp", "-Wall", "-fvisibility=hidden"],

@@ -14,6 +14,7 @@ counted) and at the same bytes of the file in bfloat16.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import time
 from typing import Annotated
@@ -25,9 +26,10 @@ from rich.console import Console
 from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, compress, evaluate, files, materialize, report
 from acip_kernels import data as texts
 from acip_kernels.compress.config import compute_dtype
-from acip_kernels.compress.methods import rank_singular_values
+from acip_kernels.compress.methods import decompose, score
 from acip_kernels.compress.nested import put_factors, ranking_tensors
 from acip_kernels.compress.result import CompressionResult
+from acip_kernels.compress.step import with_labels
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quality"
@@ -150,14 +152,16 @@ def run_method(
 
 
 def shared_ranking(model, calibration, config: RankingConfig, work: pathlib.Path) -> None:
-    """Rank `model`'s singular values; what ranks alike does so once."""
-    fields = (config.method, config.allocation, *config.forms, config.calibration_batches)
-    path = work / "rankings" / f"{'-'.join(map(str, fields))}.safetensors"
+    """Rank `model`'s singular values; methods of one basis, and seeds, decompose it once."""
+    first = list(itertools.islice(calibration, config.calibration_batches))
+    first = [with_labels(batch, torch.device("cpu")) for batch in first]
+    path = work / "rankings" / f"{config.method}-{config.calibration_batches}.safetensors"
     if path.exists():
         put_factors(model, files.read_tensors(path))
-        return
-    rank_singular_values(model, calibration, config, svd_cache=texts.svd_cache(texts.demo_model()))
-    files.write_tensors(path, ranking_tensors(model))
+    else:
+        decompose(model, first, config, svd_cache=texts.svd_cache(texts.demo_model()))
+        files.write_tensors(path, ranking_tensors(model))
+    score(model, first, config)
 
 
 def read_results(directory: pathlib.Path = RESULTS) -> list[dict]:

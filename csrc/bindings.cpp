@@ -1,4 +1,4 @@
-// The kernels as torch operators: checks, outputs, torch's threads. The only file that includes torch.
+// The kernels as torch operators: checks, outputs, torch's threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "acip/decode.h"
+#include "acip/prepared.h"
 #include "acip/training.h"
 
 namespace {
@@ -496,4 +497,5 @@ PYBIND11_MODULE(_native, m) {
             decode = acip::decode(name.empty() ? nullptr : name.c_str());
         },
         pybind11::arg("name") = "", "Run the kernels of this instruction set; nothing for the best one (for tests).");
+    acip::bind_prepared(m);
 }

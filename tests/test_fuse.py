@@ -26,10 +26,15 @@ def small(make=toys.llama, **options):
 def calls(monkeypatch):
     """How often the native operator runs, by mode."""
     seen = []
-    original = fused.run
-    monkeypatch.setattr(
-        fused, "run", lambda x, tensors, spec, mode=0: seen.append(mode) or original(x, tensors, spec, mode)
-    )
+    original = fused.call
+
+    def counted(layer, x, mode=0):
+        y = original(layer, x, mode)
+        if y is not None:
+            seen.append(mode)
+        return y
+
+    monkeypatch.setattr(fused, "call", counted)
     return seen
 
 
@@ -142,3 +147,35 @@ def test_without_the_extension_it_says_so(monkeypatch):
     monkeypatch.setattr(extension, "missing", "not built: why")
     with pytest.raises(RuntimeError, match="not built: why"):
         fuse(small())
+
+
+def test_what_is_put_in_the_place_of_a_fused_layer_is_called(calls):
+    """As adapters are: in the attention, in the MLP, and another activation."""
+    ids = toys.token_ids()
+    model = fuse(small())
+    with torch.no_grad():
+        model(ids)
+    block = model.model.layers[0]
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    for change in (
+        lambda: setattr(block.mlp, "up_proj", Doubled(block.mlp.up_proj)),
+        lambda: setattr(block.self_attn, "k_proj", Doubled(block.self_attn.k_proj)),
+        lambda: setattr(model.model.layers[1].mlp, "act_fn", torch.nn.Tanh()),
+    ):
+        with torch.no_grad():
+            before = model(ids).logits
+        change()
+        with torch.enable_grad():
+            expected = model(ids).logits.detach()
+        with torch.no_grad():
+            after = model(ids).logits
+        toys.assert_close(after, expected)
+        assert not torch.allclose(after, before, atol=1e-3)

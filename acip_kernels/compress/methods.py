@@ -129,13 +129,26 @@ def rank_singular_values(
     counting: a context manager `counting(what, units)` that yields `progress(done, total)`, for each phase.
     """
     device = next(model.parameters()).device
-    counting = counting or _silent
     first = [with_labels(b, device) for b in itertools.islice(endless(batches), config.calibration_batches)]
+    decompose(model, first, config, svd_cache=svd_cache, counting=counting)
+    score(model, first, config, counting=counting)
+
+
+def decompose(
+    model: nn.Module,
+    batches: list[dict],
+    config: RankingConfig,
+    *,
+    svd_cache=None,
+    counting: Callable | None = None,
+) -> None:
+    """Factorize `model`, in place, in the basis of the method, which `batches`, with labels, calibrate."""
+    counting = counting or _silent
     names = choose_targets(linear_layers(model)[0], config.targets, config.exclude)
     covariances = gradients = None
     if config.method != "svd":
         with counting("inputs", "batches") as advance:
-            arguments = model, names, first, advance, len(first)
+            arguments = model, names, batches, advance, len(batches)
             if config.method == "importance":
                 covariances, gradients = layer_covariances(*arguments)
             elif config.method == "svd_llm":
@@ -157,25 +170,30 @@ def rank_singular_values(
             svd_cache=svd_cache,
             progress=advance,
         )
-    sizing = Sizing.of(model, forms=config.forms)
-    layers = svd_layers(model)
+
+
+def score(model: nn.Module, batches: list[dict], config: RankingConfig, *, counting: Callable | None = None) -> None:
+    """Put the scores of the method's allocation into the layers of a model that `decompose` has factorized."""
+    counting = counting or _silent
     if config.allocation == "global":
         score_by_singular_values(model)
         return
+    sizing = Sizing.of(model, forms=config.forms)
+    layers = svd_layers(model)
     if config.allocation == "worth":
         # In this basis the squared singular values are the increase of the loss, in one unit for all layers.
         scores = scores_by_worth({name: layer.S.double() ** 2 for name, layer in layers.items()}, sizing)
     elif config.allocation == "measured":
         with counting("importance", "batches") as advance:
-            scores = scores_by_worth(gradient_importance(model, first, advance, len(first)), sizing)
+            scores = scores_by_worth(gradient_importance(model, batches, advance, len(batches)), sizing)
     elif config.allocation == "uniform":
         scores = uniform_scores(sizing)
     elif config.allocation == "loss":
-        tokens = sum(batch["input_ids"].numel() for batch in first)
+        tokens = sum(batch["input_ids"].numel() for batch in batches)
         scores = theoretical_loss_scores({name: layer.S for name, layer in layers.items()}, sizing, tokens)
     else:
         with counting("sensitivity", "cuts") as advance:
-            scores = sensitivity_scores(model, sizing, first[: config.sensitivity_batches], advance)
+            scores = sensitivity_scores(model, sizing, batches[: config.sensitivity_batches], advance)
     for name, layer in layers.items():
         layer.scores.copy_(scores[name])
 

@@ -22,7 +22,7 @@ from .factorize import replace_modules, svd_layers
 from .loop import TrainingLoop, random_state_of
 from .methods import RankingConfig, rank_singular_values
 from .sizing import Sizing
-from .step import with_labels
+from .step import rank_multiple, with_labels
 
 RANKING = "ranking.safetensors"
 
@@ -285,10 +285,15 @@ class NestedTraining:
                 layer.teaching = False
 
     def set_size(self, ratio: float) -> None:
-        """The ranks of the model of size `ratio`; a layer keeps at least one."""
+        """The ranks of the model of size `ratio`, each to the nearest multiple that products like, and at least that.
+
+        Any ranks train the same factors, and those of a size drawn at random need not be exact; but every new shape of
+        a product may cost a compilation, a fifth of a step in bfloat16 on a CPU.
+        """
         ranks = self.sizing.ranks_at(self.removal, ratio).tolist()
         for layer, rank in zip(self.layers.values(), ranks, strict=True):
-            layer.rank = max(1, rank)
+            multiple = rank_multiple(layer.dtype)
+            layer.rank = min(layer.full_rank, max(1, round(rank / multiple)) * multiple)
 
     def __call__(self, batches: list[dict], ratios: list[float], rate: float) -> tuple[float, float]:
         """The loss, averaged over the batches, and the norm of the gradient; not finite if nothing was changed."""

@@ -26,6 +26,11 @@ RANK_MULTIPLE_OF_TWO_BYTES = 32
 WORTH_COMPACTING = 1 / 32
 
 
+def rank_multiple(dtype: torch.dtype) -> int:
+    """What ranks that are computed in `dtype` are a multiple of."""
+    return RANK_MULTIPLE_OF_TWO_BYTES if dtype.itemsize == 2 else RANK_MULTIPLE
+
+
 @dataclasses.dataclass(frozen=True)
 class StepOutcome:
     """loss: mean over the batches, without the penalty. gradient_norm: of everything trained, with it. ranks: live
@@ -149,7 +154,7 @@ class TrainingStep:
             ranks = self.map.ranks(self.map.masks).tolist() if ranks is None else ranks
             for layer, rank in zip(self.layers.values(), ranks, strict=True):
                 computed = layer.computed_rank
-                multiple = RANK_MULTIPLE_OF_TWO_BYTES if layer.U.dtype.itemsize == 2 else RANK_MULTIPLE
+                multiple = rank_multiple(layer.U.dtype)
                 rank = min(-(-rank // multiple) * multiple, layer.full_rank)
                 if rank < computed * (1.0 if everything else 1 - WORTH_COMPACTING):
                     layer.compact(_filled_up(layer.live, rank), join=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import LowRankLinear, PivotLinear, fused
 from ..nn.quantized_linear import QuantizedLinear
-from ..ops.fused_linear.op import CONCATENATE, GATED_MLP
+from ..ops.fused_linear.op import GATED_MLP
 
 # What llama-like models call them; a module needs all of a row to be fused.
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -40,7 +40,7 @@ def fuse(model: nn.Module) -> nn.Module:
             for number, layer in enumerate(group.layers):
                 layer.forward = _SiblingForward(group, number)
         if all(_fusible(children.get(name)) for name in _MLP) and _is_silu(children.get("act_fn")):
-            module.forward = _MlpForward(module, [children[name] for name in _MLP])
+            module.forward = _MlpForward(module)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) in (nn.Linear, QuantizedLinear) and fused.is_plain(head):
         head.forward = _HeadForward(head)
@@ -70,7 +70,7 @@ def _is_silu(activation: nn.Module | None) -> bool:
 
 
 def _spec(layer: nn.Module) -> tuple[int, ...]:
-    return layer.spec() if isinstance(layer, LowRankLinear | PivotLinear) else fused.dense_spec(layer)
+    return fused.dense_spec(layer) if type(layer) is nn.Linear else layer.spec()
 
 
 def _add(layer: nn.Module, x: Tensor, tensors: list[Tensor]) -> bool:
@@ -80,21 +80,35 @@ def _add(layer: nn.Module, x: Tensor, tensors: list[Tensor]) -> bool:
     return fused.add_dense(layer, x, tensors, forward=True)
 
 
-class _Siblings:
-    """Layers that are called one after the other with one input: the first call computes all of them."""
+class _Group:
+    """Layers that one call computes (`nn.fused.Fused`)."""
 
     def __init__(self, layers: list[nn.Module]):
         self.layers = layers
-        self.spec = tuple(number for layer in layers for number in _spec(layer))
+        self.prepared = None
+
+    def spec(self) -> tuple[int, ...]:
+        return tuple(number for layer in self.layers for number in _spec(layer))
+
+    def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        return all(_add(layer, x, tensors) for layer in self.layers)
+
+    def watched(self) -> list[tuple[nn.Module, bool]]:
+        return [entry for layer in self.layers for entry in fused.watched(layer)]
+
+
+class _Siblings(_Group):
+    """Layers that are called one after the other with one input: the first call computes all of them."""
+
+    def __init__(self, layers: list[nn.Module]):
+        super().__init__(layers)
         self.widths = [layer.out_features for layer in layers]
         self.x: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 
-    def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        tensors: list[Tensor] = []
-        if not fused.takes(x) or not all(_add(layer, x, tensors) for layer in self.layers):
-            return None
-        return fused.run(x, tensors, self.spec, CONCATENATE).split(self.widths, -1)
+    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = fused.call(self, x)
+        return () if y is None else y.split(self.widths, -1)
 
 
 class _SiblingForward:
@@ -106,7 +120,7 @@ class _SiblingForward:
     def __call__(self, x: Tensor) -> Tensor:
         group, number = self.group, self.number
         if number == 0:
-            group.outputs = group.compute(x) or ()
+            group.outputs = group.compute(x)
             group.x = x if group.outputs else None
         if group.x is x and group.outputs:
             output = group.outputs[number]
@@ -117,24 +131,38 @@ class _SiblingForward:
         return type(layer).forward(layer, x)
 
 
-class _MlpForward:
-    def __init__(self, mlp: nn.Module, layers: list[nn.Module]):
-        self.mlp, self.layers = mlp, layers
-        self.spec = tuple(number for layer in layers for number in _spec(layer))
+class _MlpForward(_Group):
+    """The `forward` of a gated MLP."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__([mlp._modules[name] for name in _MLP])
+        self.mlp = mlp
+
+    def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        # The MLP's own forward would call what is in the places of the layers now.
+        children = self.mlp._modules
+        if not _is_silu(children.get("act_fn")):
+            return False
+        if any(children.get(name) is not layer for name, layer in zip(_MLP, self.layers, strict=True)):
+            return False
+        return super().add_tensors(x, tensors)
+
+    def watched(self) -> list[tuple[nn.Module, bool]]:
+        activation = self.mlp._modules["act_fn"]
+        return [(self.mlp, False), (activation, True), *super().watched()]
 
     def __call__(self, x: Tensor) -> Tensor:
-        tensors: list[Tensor] = []
-        if fused.takes(x) and all(_add(layer, x, tensors) for layer in self.layers):
-            return fused.run(x, tensors, self.spec, GATED_MLP)
-        return type(self.mlp).forward(self.mlp, x)
+        y = fused.call(self, x, GATED_MLP)
+        return type(self.mlp).forward(self.mlp, x) if y is None else y
 
 
-class _HeadForward:
+class _HeadForward(_Group):
+    """The `forward` of the output head."""
+
     def __init__(self, head: nn.Module):
-        self.head, self.spec = head, fused.dense_spec(head)
+        super().__init__([head])
 
     def __call__(self, x: Tensor) -> Tensor:
-        tensors: list[Tensor] = []
-        if fused.takes(x) and _add(self.head, x, tensors):
-            return fused.run(x, tensors, self.spec)
-        return type(self.head).forward(self.head, x)
+        (head,) = self.layers
+        y = fused.call(self, x)
+        return type(head).forward(head, x) if y is None else y

@@ -2,14 +2,17 @@
 
 The rule (see `LowRankLinear`): reading a module's weights must be the same as calling it. So a layer is taken only if
 it, and each of its children, is exactly of a class that is known here, has no hook and no forward of its own, and holds
-plain tensors on the input's device. That is looked up at each call, a few microseconds a layer, so that there is no
-stale answer.
+plain tensors on the input's device. Looking that up takes longer than a small layer's products, so what was found is
+kept (`csrc/prepared.cpp`) and at each call compared with what is there, which takes a microsecond: no stale answer.
 """
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import extension
@@ -111,5 +114,48 @@ def pivoted_spec(P: nn.Module, C: nn.Module, bias: bool) -> tuple[int, ...]:
     return PIVOTED, 2 * bias, *matrix_spec(P), *matrix_spec(C)
 
 
-def run(x: Tensor, tensors: list[Tensor], spec: tuple[int, ...], mode: int = CONCATENATE) -> Tensor:
+class Fused(Protocol):
+    """What one call of the operator computes: a layer, or a group of them.
+
+    prepared: None to begin with, or what `call` has looked up.
+    """
+
+    prepared: object | None
+
+    def spec(self) -> tuple[int, ...]:
+        """What it is, as `ops.fused_linear` takes it."""
+
+    def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        """Appends the tensors of `spec`; False where they may not be read for `x`."""
+
+    def watched(self) -> list[tuple[nn.Module, bool]]:
+        """The modules that both depend on; for each, whether it must have no hooks."""
+
+
+# Everything that is called before or after every module's forward.
+_GLOBAL_HOOKS = [
+    value for name, value in vars(torch_modules).items() if name.startswith(("_global_forward", "_global_backward"))
+]
+
+
+def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
+    """The output for `x`, or None where the operator is not to compute it."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        prepared = fused.prepared
+        if prepared is not None:
+            y = prepared(x)
+            if y is not None:
+                return y
+    tensors: list[Tensor] = []
+    if not takes(x) or not fused.add_tensors(x, tensors):
+        return None
+    spec = fused.spec()
+    if not compiling:
+        fused.prepared = extension.module.Prepared(fused.watched(), tensors, spec, mode, x, FUSED_TOKENS, _GLOBAL_HOOKS)
     return torch.ops.acip.fused_linear(x, tensors, spec, mode)
+
+
+def watched(layer: nn.Module, own_hooks: bool = True) -> list[tuple[nn.Module, bool]]:
+    """`layer` and its children, for `Fused.watched`; its own hooks matter unless torch has called them already."""
+    return [(layer, own_hooks), *((child, True) for child in layer._modules.values())]

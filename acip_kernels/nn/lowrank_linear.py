@@ -84,19 +84,26 @@ class LowRankLinear(nn.Module):
         """Whether reading the children's weights is the same as calling them (see `nn.fused`)."""
         return fused.add_factors(self.Vh, self.U, x, []) and not _has_any_global_hook()
 
+    # ---- see `nn.fused.Fused`
+
+    prepared = None
+
     def spec(self) -> tuple[int, ...]:
-        """What the layer is, as `ops.fused_linear` takes it."""
         return fused.factors_spec(self._modules["Vh"], self._modules["U"])
 
     def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
-        """Appends the tensors of `spec`; False where they may not be read for `x`."""
         return fused.add_factors(self._modules["Vh"], self._modules["U"], x, tensors)
+
+    def watched(self) -> list[tuple[nn.Module, bool]]:
+        return fused.watched(self, own_hooks=False)
+
+    # ----
 
     def forward(self, x: Tensor) -> Tensor:
         if self.backend == "auto":
-            tensors: list[Tensor] = []
-            if fused.takes(x) and self.add_tensors(x, tensors):
-                return fused.run(x, tensors, self.spec())
+            y = fused.call(self, x)
+            if y is not None:
+                return y
         elif self.rank and not torch.compiler.is_exporting() and self.can_fuse(x):
             return lowrank_linear(x, self.Vh.weight, self.U.weight, None, self.U.bias, backend=self.backend)
         return self.U(self.Vh(x))

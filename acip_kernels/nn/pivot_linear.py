@@ -92,12 +92,14 @@ class PivotLinear(nn.Module):
                 self._orders = self.is_pivot, inverse, place
         return inverse, place
 
+    # ---- see `nn.fused.Fused`
+
+    prepared = None
+
     def spec(self) -> tuple[int, ...]:
-        """What the layer is, as `ops.fused_linear` takes it."""
         return fused.pivoted_spec(self._modules["P"], self._modules["C"], self.bias is not None)
 
     def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
-        """Appends the tensors of `spec`; False where they may not be read for `x`."""
         if not (
             fused.add_matrix(self._modules["P"], x, tensors)
             and fused.add_matrix(self._modules["C"], x, tensors)
@@ -107,10 +109,15 @@ class PivotLinear(nn.Module):
         tensors.append(self.orders()[1])
         return fused.add_bias(self, x, tensors)
 
+    def watched(self) -> list[tuple[nn.Module, bool]]:
+        return fused.watched(self, own_hooks=False)
+
+    # ----
+
     def forward(self, x: Tensor) -> Tensor:
-        tensors: list[Tensor] = []
-        if fused.takes(x) and self.add_tensors(x, tensors):
-            return fused.run(x, tensors, self.spec())
+        y = fused.call(self, x)
+        if y is not None:
+            return y
         z = self.P(x)
         return place(z, self.C(z), self.orders()[0], self.bias)
 
@@ -128,7 +135,7 @@ class PivotLinear(nn.Module):
         return U @ Vh
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._orders = (None, None, None)  # is_pivot is written into
+        self._orders, self.prepared = (None, None, None), None  # is_pivot is written into
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self):

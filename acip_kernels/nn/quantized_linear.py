@@ -103,11 +103,24 @@ class QuantizedLinear(nn.Module):
         dtype = dtype or self.weight.dtype
         return q.dequantize(self.qweight, self.scales, self.zeros, cols=self.in_features, group=self.group, dtype=dtype)
 
+    # ---- see `nn.fused.Fused`
+
+    prepared = None
+
+    def spec(self) -> tuple[int, ...]:
+        return fused.dense_spec(self)
+
+    def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
+        return fused.add_dense(self, x, tensors, forward=True)
+
+    def watched(self) -> list[tuple[nn.Module, bool]]:
+        return fused.watched(self)
+
+    # ----
+
     def forward(self, x: Tensor) -> Tensor:
-        tensors: list[Tensor] = []
-        if fused.takes(x) and fused.add_dense(self, x, tensors, forward=True):
-            return fused.run(x, tensors, fused.dense_spec(self))
-        return F.linear(x, self.dequantize(x.dtype), self.bias)
+        y = fused.call(self, x)
+        return F.linear(x, self.dequantize(x.dtype), self.bias) if y is None else y
 
     def _apply(self, fn, recurse=True):
         """What `to`, `half`, `cuda` and the like do to tensors; scales go along to a device, but keep their dtype."""
