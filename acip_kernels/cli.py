@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import pathlib
+import tempfile
 import types
 import typing
 from typing import Annotated
@@ -428,7 +429,10 @@ def evaluate(
     rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement.")] = 3,
     prompt: Annotated[list[str] | None, typer.Option(help="Show a greedy continuation of this (repeatable).")] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="LM-Eval task (repeatable); paper for the paper's seven.")
+        list[str] | None,
+        typer.Option(
+            help="LM-Eval task (repeatable); paper for the paper's seven; text for two made of --data, without a hub."
+        ),
     ] = None,
     include_path: Annotated[
         pathlib.Path | None, typer.Option(help="Directory of LM-Eval task files of your own.")
@@ -463,7 +467,10 @@ def evaluate(
             loaded[label], tokenizer = _load(name, device, dtype, ratio)
     if size_ratio and not any(_is_elastic(name) for name in models):
         raise ValueError("--size-ratio cuts elastic checkpoints, and none of the models is one")
-    tokens = None if data is None else texts.tokenize(tokenizer, texts.read_texts(data, column=column))
+    articles = None if data is None else list(texts.read_texts(data, column=column))
+    if "text" in (task or ()) and articles is None:
+        raise ValueError("--task text makes tasks of a text: name it with --data")
+    tokens = None if articles is None else texts.tokenize(tokenizer, articles)
     rows = []
     for label, model in loaded.items():
         directory = pathlib.Path(model.config._name_or_path)
@@ -476,7 +483,15 @@ def evaluate(
                 rows[-1]["samples"] = measure.generate_samples(model, tokenizer, prompt)
             if task:
                 names = [each for one in task for each in (measure.PAPER_TASKS if one == "paper" else [one])]
-                rows[-1]["tasks"] = measure.tasks(model, tokenizer, names, include_path=include_path, limit=limit)
+                rows[-1]["tasks"] = {}
+                if "text" in names:
+                    names.remove("text")
+                    with tempfile.TemporaryDirectory() as folder:
+                        measure.write_text_tasks(folder, articles)
+                        found = measure.tasks(model, tokenizer, measure.TEXT_TASKS, include_path=folder, limit=limit)
+                    rows[-1]["tasks"] |= found
+                if names:
+                    rows[-1]["tasks"] |= measure.tasks(model, tokenizer, names, include_path=include_path, limit=limit)
     if speed:
         with console.status("speed …"):
             options = {"new_tokens": new_tokens, "prefill_tokens": prefill_tokens, "rounds": rounds}

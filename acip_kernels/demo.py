@@ -10,31 +10,33 @@ import torch
 
 from . import data as texts
 from . import evaluate, files, report
-from .compress import CompressionConfig, compress, materialize
+from .compress import NestedConfig, compress, materialize
+from .compress.basis import layer_covariances, whitened_svd
 from .compress.config import compute_dtype
-from .compress.factorize import factorize
-from .compress.scores import score_by_singular_values
+from .compress.step import with_labels
+from .models.fuse import fuse
 from .models.saving import checkpoint_dtype, save
+from .models.targets import choose_targets, linear_layers, weight_of
+from .ops import extension
 
-# Two factors: in plain PyTorch the pivoted form is slower.
-FORMS = ("dense", "factors")
 SIZES = (1.0, 0.8, 0.6, 0.4)
 PROMPTS = ("The capital of France is", "Photosynthesis is the process by which")
 SAMPLE_TOKENS = 24
 # Articles of the demo's text that are held out for the perplexity.
 HELD_OUT = 20
-# With these windows the dense SmolLM2-135M has 16.7.
+# With these windows the dense SmolLM2-135M has 16.8.
 CONTEXT, WINDOWS = 1024, 16
-BATCH, LENGTH = 1, 512
+BATCH, LENGTH = 1, 1024
+CALIBRATION_BATCHES = 12
 
 
 def run_demo(
     *, model=None, data=None, output, steps=None, minutes=10.0, cache=None, device="cpu", dtype="auto", console
 ) -> dict:
-    """Compress a model, write it at every size of `SIZES`, and compare the sizes with each other and with plain SVD.
+    """Compress a model by the default method, write it at every size of `SIZES`, and compare the sizes.
 
     model: hub name or directory; None for SmolLM2-135M. data: what `data.read_texts` takes; None for Wikipedia
-    articles. steps: pruning steps; None for as many as fit into `minutes`, by the speed of the first ones.
+    articles. steps: of training; None for as many as fit into `minutes`, going by what a few things take here.
 
     An interrupted demo goes on where it was. Returns the summary that it also writes to `output/summary.json`.
     """
@@ -76,49 +78,36 @@ def run_demo(
         with _phase(console, "Timing a step"):
             left = 60 * minutes - (time.monotonic() - started) - _seconds_afterwards(window_seconds)
             steps = _fitting_steps(dense, batches, left)
-    config = CompressionConfig.short(
-        steps,
-        # The adapters are counted in what is cut, not in the run: so that the smallest size is within the ranking.
-        0.95 * min(SIZES),
+    config = NestedConfig(
+        steps=steps,
+        calibration_batches=CALIBRATION_BATCHES,
+        smallest_ratio=min(SIZES) - 0.05,
         dtype=str(wanted).removeprefix("torch."),
-        # What a run of minutes needs: a basis that knows the data, adapters that leave room for the factors, and, as it
-        # sees no text twice, no dropout.
-        basis="activations",
-        adapter_rank=8,
-        adapter_alpha=8.0,
-        adapter_dropout=0.0,
     )
     files.write_json(output / "run.json", {"steps": steps, "model": about_model, "config": config.to_dict()})
-    console.print(f"Compressing in {steps} + {config.tune_steps} steps of {batches.tokens_per_batch} tokens")
+    console.print(
+        f"Ranking on {CALIBRATION_BATCHES * batches.tokens_per_batch} tokens, then {steps} steps of "
+        f"{batches.tokens_per_batch}"
+    )
     result = compress(dense, batches, config, output=output, resume=resume, svd_cache=texts.svd_cache(source, cache))
 
     models = {}
     for size in SIZES:
-        name = f"acip-{size:g}"
-        with _counting(console, f"ACIP at {size:g}") as progress:
-            cut = materialize(result, size, forms=FORMS)
+        name = f"size-{size:g}"
+        with _counting(console, f"Size {size:g}") as progress:
+            cut = materialize(result, size)
             save(_as(cut, stored_dtype), output / name, tokenizer=tokenizer, base_model=source, overwrite=True)
             cut.to(wanted)
             rows.append(
-                evaluate.table_row(cut, "acip", tokens=test, directory=output / name, progress=progress, **windows)
+                evaluate.table_row(cut, "nested", tokens=test, directory=output / name, progress=progress, **windows)
             )
+            # As it is deployed, see `load(..., fuse=True)`.
+            models[len(rows) - 1] = fuse(cut) if extension.available() else cut
             samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS, SAMPLE_TOKENS)
-            models[len(rows) - 1] = cut
-    cuts = {size: result.cut(size, forms=FORMS) for size in SIZES[1:]}
+    cuts = {size: result.cut(size) for size in SIZES[1:]}
     result.model.to(stored_dtype)
     result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
-    del result, dense
-    # The floor: truncation by singular values alone, of the plain decomposition.
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval()
-    with _counting(console, "Plain SVD") as progress:
-        factorize(plain, adapter_rank=0, svd_cache=texts.svd_cache(source, cache), progress=progress)
-    score_by_singular_values(plain)
-    for size in SIZES[1:]:
-        with _counting(console, f"Plain SVD at {size:g}") as progress:
-            cut = materialize(plain, size, forms=FORMS)
-            rows.append(evaluate.table_row(cut, "svd", tokens=test, progress=progress, **windows))
-            rows[-1]["file_bytes"] = _bytes_of(cut, stored_dtype)
-    del plain, cut
+    del result, dense, cut
     with _phase(console, "Speed of all sizes side by side"):
         models = {0: AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval(), **models}
         options = {"new_tokens": 24, "prefill_tokens": min(512, context), "rounds": 2, "input_ids": test}
@@ -140,8 +129,8 @@ def run_demo(
         "device": report.device_description(where) | {"dtype": str(wanted).removeprefix("torch.")},
         "run": {
             "steps": steps,
-            "tune_steps": config.tune_steps,
-            "tokens": (steps + config.tune_steps) * batches.tokens_per_batch,
+            "tokens": steps * batches.tokens_per_batch,
+            "calibration_tokens": CALIBRATION_BATCHES * batches.tokens_per_batch,
         },
         "perplexity_on": {"tokens": test.numel(), "context": context, "windows": WINDOWS},
         "rows": rows,
@@ -170,21 +159,39 @@ def _split(tokenizer, articles) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _seconds_afterwards(window_seconds: float) -> float:
-    """About how long all else takes: the evaluation of seven models, the speeds of five, decompositions, files."""
-    return 7 * WINDOWS * 0.85 * window_seconds + 25 * window_seconds + 60
+    """About how long all else takes: evaluating four models, the speeds of five, files."""
+    return 4 * WINDOWS * window_seconds + 25 * window_seconds + 40
 
 
 def _fitting_steps(model, batches, seconds: float) -> int:
-    """How many pruning steps fit into `seconds`, going by a forward and a backward pass through the dense model."""
-    batch = next(iter(batches))["input_ids"].to(model.device)
+    """How many steps fit into `seconds` beside the ranking, going by small parts of both on the dense model."""
+    batch = with_labels(next(iter(batches)), model.device)
     times = []
     for _ in range(3):
         start = time.monotonic()
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(**batch).loss.backward()
         model.zero_grad(set_to_none=True)
         times.append(time.monotonic() - start)
-    # A full-rank ACIP step costs about as much; pruned ranks make it cheaper, and tuning adds a quarter of the steps.
-    return max(16, min(400, int(seconds / (1.25 * 0.9 * min(times)))))
+    # The teacher's pass besides, and products of the updates; smaller sizes cost less.
+    step = 1.5 * min(times)
+    return max(16, min(400, int((seconds - _ranking_seconds(model, batch)) / step)))
+
+
+def _ranking_seconds(model, batch: dict) -> float:
+    """About how long the ranking takes: one batch's statistics, and one decomposition of every shape, extrapolated."""
+    layers, _ = linear_layers(model)
+    names = choose_targets(layers, "all-linear")
+    start = time.monotonic()
+    inputs, gradients = layer_covariances(model, names, [batch])
+    total = CALIBRATION_BATCHES * (time.monotonic() - start)
+    by_shape = {}
+    for name in names:
+        by_shape.setdefault(tuple(weight_of(layers[name]).shape), []).append(name)
+    for alike in by_shape.values():
+        start = time.monotonic()
+        whitened_svd(weight_of(layers[alike[0]]).detach(), inputs[alike[0]], gradients[alike[0]])
+        total += len(alike) * (time.monotonic() - start)
+    return total
 
 
 def _as(model, dtype):

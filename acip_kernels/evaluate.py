@@ -9,8 +9,11 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 import pathlib
+import random
+import re
 import statistics
 import sys
 import time
@@ -21,8 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from . import files
+
 PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "mathqa")
 """The seven zero-shot tasks of the ACIP paper, by their lm_eval names."""
+
+TEXT_TASKS = ("last_word", "sentence_order")
+"""The tasks that `write_text_tasks` makes of a text, by their names."""
 
 # Logits turned to float32 at a time: 64 MiB, however large the vocabulary is.
 _CHUNK_ELEMENTS = 2**24
@@ -452,6 +460,61 @@ def tasks(model, tokenizer, names, *, include_path=None, limit=None, batch_size=
             message = f"the data of {', '.join(names)} cannot be fetched from the hub: {reason}"
             raise RuntimeError(message) from error
     return {task: _numbers(result) for task, result in results.items()}
+
+
+def write_text_tasks(folder, articles, count=200, seed=0):
+    """Two lm_eval tasks made of a text of one's own, which need no hub: their files in `folder`, for `tasks`.
+
+    Of `articles`, a list of str, up to `count` places each, drawn by `seed`, the same for every model:
+
+    - "last_word": three sentences without the last word, which is to be predicted; `acc` is how often every token of it
+      is the most likely one, `perplexity` what the word costs (as LAMBADA is scored, arXiv 1606.06031).
+    - "sentence_order": three sentences, and the next two in their order or in the other: which is more likely? Chance
+      is 0.5.
+
+    Raises ValueError if the text has no five sentences of 5 to 40 words in a row.
+    """
+    places = []
+    for article in articles:
+        for paragraph in article.split("\n"):
+            sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", paragraph.strip())
+            for start in range(0, len(sentences) - 4, 5):
+                five = sentences[start : start + 5]
+                # The last word of the third is predicted: a word, and not all of the sentence.
+                if all(5 <= len(one.split()) <= 40 for one in five) and re.search(r" [A-Za-z]{3,}[.!?]$", five[2]):
+                    places.append(five)
+    if not places:
+        raise ValueError("articles: there are no five sentences of 5 to 40 words in a row to make tasks of")
+    draw = random.Random(seed)
+    draw.shuffle(places)
+    last, order = [], []
+    for five in places[:count]:
+        context, word = " ".join(five[:3]).rsplit(" ", 1)
+        last.append({"context": context, "word": " " + word.rstrip(".!?")})
+        pair, label = [f" {five[3]} {five[4]}", f" {five[4]} {five[3]}"], draw.randrange(2)
+        order.append({"context": " ".join(five[:3]), "choices": pair[::-1] if label else pair, "label": label})
+    folder = pathlib.Path(folder)
+    for name, examples, rest in (
+        (
+            "last_word",
+            last,
+            'output_type: loglikelihood\ndoc_to_text: "{{context}}"\ndoc_to_target: "{{word}}"\n'
+            "metric_list:\n  - metric: acc\n  - metric: perplexity\n",
+        ),
+        (
+            "sentence_order",
+            order,
+            'output_type: multiple_choice\ndoc_to_text: "{{context}}"\ndoc_to_target: "{{label}}"\n'
+            'doc_to_choice: "{{choices}}"\nmetric_list:\n  - metric: acc\n',
+        ),
+    ):
+        data = folder / f"{name}.jsonl"
+        files.write_text(data, "".join(json.dumps(example) + "\n" for example in examples))
+        files.write_text(
+            folder / f"{name}.yaml",
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {json.dumps(str(data.resolve()))}\n"
+            f'test_split: train\ntarget_delimiter: ""\n{rest}',
+        )
 
 
 def _numbers(result):

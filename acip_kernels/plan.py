@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+
+import torch
 
 ROUTES = ("factored", "effective")
 
@@ -142,3 +147,215 @@ def training_plan(
 # Up to how many tokens the native operator computes deployed layers; above, torch's matrix products win
 # (`bench.decode_cpu`).
 FUSED_TOKENS = 32
+
+
+# ---- deployed layers on a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a GPU was built for, from its vendor's datasheet.
+
+    multiprocessors. bandwidth: of its memory, bytes a second. matrix_rate, vector_rate: dense bfloat16 products with
+    float32 sums, and float32 multiply-adds, operations a second (two for a multiply-add). shared_bytes: that a block
+    may have. threads: that a multiprocessor holds. gap: seconds between two launches of which one waits for the other,
+    in a graph; pdl_gap: with programmatic dependent launch, None where there is none. target: what Triton compiles for.
+    """
+
+    name: str
+    multiprocessors: int
+    bandwidth: float
+    matrix_rate: float
+    vector_rate: float
+    shared_bytes: int
+    threads: int
+    gap: float
+    pdl_gap: float | None
+    target: str
+
+
+# NVIDIA: "A100 Tensor Core GPU Architecture" and "H100 Tensor Core GPU Architecture" (SXM parts), the datasheets of
+# H200 and L40S, and the "Ada GPU Architecture" paper (RTX 4090; tensor rates with float32 sums); shared memory and
+# threads from the CUDA C++ programming guide's table of compute capabilities. AMD: the MI300X datasheet and the CDNA 3
+# paper. The gaps are assumed, not published and not measured yet.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("A100", 108, 2.039e12, 312e12, 19.5e12, 163 << 10, 2048, 2e-6, None, "sm_80"),
+        Device("H100", 132, 3.35e12, 989e12, 66.9e12, 227 << 10, 2048, 2e-6, 0.7e-6, "sm_90"),
+        Device("H200", 132, 4.8e12, 989e12, 66.9e12, 227 << 10, 2048, 2e-6, 0.7e-6, "sm_90"),
+        Device("L40S", 142, 0.864e12, 362e12, 91.6e12, 99 << 10, 1536, 2e-6, None, "sm_89"),
+        Device("RTX 4090", 128, 1.008e12, 165e12, 82.6e12, 99 << 10, 1536, 2e-6, None, "sm_89"),
+        Device("MI300X", 304, 5.3e12, 1307e12, 163.4e12, 64 << 10, 2048, 4e-6, None, "gfx942"),
+    )
+}
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """The entry of `DEVICES` for a GPU, or one made of what its driver says; where kernels are interpreted, H100."""
+    if device.type != "cuda":
+        return DEVICES["H100"]
+    found = torch.cuda.get_device_properties(device)
+    for name, known in DEVICES.items():
+        if name in found.name:
+            return dataclasses.replace(known, multiprocessors=found.multi_processor_count)
+    # Two transfers a clock of a bus that is as wide as it says; and rates of the A100 for each multiprocessor.
+    like, share = DEVICES["A100"], found.multi_processor_count / DEVICES["A100"].multiprocessors
+    bandwidth = 2e3 * getattr(found, "memory_clock_rate", 0) * getattr(found, "memory_bus_width", 0) / 8
+    return dataclasses.replace(
+        like,
+        name=found.name,
+        multiprocessors=found.multi_processor_count,
+        bandwidth=bandwidth or like.bandwidth * share,
+        matrix_rate=like.matrix_rate * share,
+        vector_rate=like.vector_rate * share,
+        shared_bytes=getattr(found, "shared_memory_per_block_optin", 48 << 10),
+        threads=found.max_threads_per_multi_processor,
+        pdl_gap=DEVICES["H100"].pdl_gap if torch.version.cuda and found.major >= 9 else None,
+    )
+
+
+# Of a weight: (rows, columns, kind, group), the kind as `ops.fused_linear` numbers them.
+Weight = tuple[int, int, int, int]
+_BITS = {1: 8, 2: 4, 3: 4}  # of a kind; plain ones are as wide as the activations
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How `ops.fused_linear.triton` reads the weights of one launch.
+
+    rows, k: of a weight's tile that a program reads at a time. splits: parts of the columns, a program each (of first
+    factors alone). warps: of a program. pdl: whether a second launch may start before the first has ended.
+    """
+
+    rows: int = 16
+    k: int = 64
+    splits: int = 1
+    warps: int = 4
+    pdl: bool = False
+
+    def split(self, cols: int) -> tuple[int, int]:
+        """How many splits there are of `cols` columns, none of them empty, and the columns of each but the last."""
+        step = max(self.k, 64)
+        span = -(-cols // (self.splits * step)) * step
+        return -(-cols // span) if cols else 1, max(span, step)
+
+    def constants(self, tokens: int) -> dict:
+        """The kernels' constants that follow from this."""
+        return {"DOT": tokens > 1, "ROWS": self.rows, "K": self.k, "T": 16 if tokens > 1 else 1}
+
+    def options(self, dependent: bool = False) -> dict:
+        """Triton's launch options. dependent: the launch waits for the one before it by itself."""
+        # Loads run ahead by one tile in the source; Triton's own pipelining would hold them in shared memory.
+        return {"num_warps": self.warps, "num_stages": 1} | ({"launch_pdl": True} if dependent else {})
+
+
+def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[Weight, ...], split: bool) -> str | None:
+    """What makes `config` illegal, or None: the one rule of the launcher, of `acip tune` and of the tests."""
+    powers = (config.rows, config.k, config.warps)
+    if any(n < 1 or n & (n - 1) for n in powers):
+        return "tiles and warps must be powers of two"
+    if tokens > 1 and (config.rows < 16 or config.k < 32):
+        return "tensor cores take tiles of at least 16 rows and 32 columns"
+    quantized = any(kind >= 2 for _, _, kind, _ in weights)
+    if quantized and config.k != 64:
+        return "int4 is read 64 columns at a time"
+    threads = 32 * config.warps
+    if threads > 1024:
+        return "a program has up to 32 warps"
+    elements = config.rows * (32 if quantized else config.k) / threads
+    if elements > 64:
+        return "a tile of more than 64 elements a thread does not stay in registers"
+    if elements < 1:
+        return "a thread would have no element of its own"
+    if config.splits > 1 and not split:
+        return "only first factors are split"
+    if config.splits > 1 and min(cols for _, cols, _, _ in weights) < config.splits * max(config.k, 64):
+        return "a split would be less than a tile"
+    if config.pdl and device.pdl_gap is None:
+        return f"{device.name} has no programmatic dependent launch"
+    return None
+
+
+def decode_configs(
+    device: Device, tokens: int, weights: tuple[Weight, ...], split: bool = False
+) -> Iterator[tuple[DecodeConfig, str | None]]:
+    """Every config that is thought of, with what makes it illegal."""
+    for rows, k, warps, splits in itertools.product(
+        (4, 8, 16, 32, 64, 128), (64, 128, 256, 512), (2, 4, 8), (1, 2, 4, 8, 16) if split else (1,)
+    ):
+        config = DecodeConfig(rows, k, splits, warps, device.pdl_gap is not None)
+        yield config, why_not(config, device, tokens, weights, split)
+
+
+# From asking for a cache line of memory to having it, about, on all of these devices.
+_LATENCY = 7e-7
+
+
+def decode_seconds(
+    config: DecodeConfig,
+    device: Device,
+    tokens: int,
+    weights: tuple[Weight, ...],
+    itemsize: int = 2,
+    together: bool = False,
+) -> float:
+    """The model of one launch: the larger of memory's and arithmetic's time, and the gap before it.
+
+    Memory is as fast as enough bytes are on their way (Little's law): every program that is resident has two tiles in
+    flight, and programs that are one too many for all multiprocessors cost another round. Sums that were split are read
+    again by all programs of the next launch, which is counted here, at twice memory's rate, as they are in the L2.
+    """
+    total = sum(rows * cols * _BITS.get(kind, 8 * itemsize) / 8 for rows, cols, kind, _ in weights)
+    counts = [-(-rows // config.rows) for rows, _, _, _ in weights]
+    programs = max(1, max(counts) if together else sum(counts)) * config.splits
+    resident = max(1, min(device.threads // (32 * config.warps), 16))
+    slots = device.multiprocessors * resident
+    width = max(_BITS.get(kind, 8 * itemsize) / 8 for _, _, kind, _ in weights)
+    at_once = min(programs, slots)
+    in_flight = at_once * 2 * config.rows * config.k * width
+    memory = device.bandwidth * min(1.0, in_flight / (device.bandwidth * _LATENCY))
+    rounds = -(-programs // slots) * slots / programs if programs > slots else 1.0
+    # Tensor cores work on 16 tokens however few there are, and a weight is made a float for each multiply-add of one.
+    rate = device.matrix_rate if tokens > 1 else device.vector_rate / 2
+    operations = sum(2 * rows * cols for rows, cols, _, _ in weights) * (16 if tokens > 1 else 1)
+    if config.splits > 1:
+        total += 4 * tokens * config.splits * sum(rows for rows, _, _, _ in weights) * device.multiprocessors / 2
+    return max(total / memory * rounds, operations / rate) + (device.pdl_gap if config.pdl else device.gap)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_config(device, tokens, weights, split, together, itemsize) -> DecodeConfig:
+    legal = [config for config, reason in decode_configs(device, tokens, weights, split) if reason is None]
+    # The fewest splits and the smallest tile of those that are equally fast, so that the choice is one.
+    return min(
+        legal,
+        key=lambda c: (
+            decode_seconds(c, device, tokens, weights, itemsize, together), c.splits, c.rows * c.k, c.warps, c.k
+        ),
+    )  # fmt: skip
+
+
+def decode_config(
+    device: Device, tokens: int, weights, *, split: bool = False, together: bool = False, itemsize: int = 2
+) -> DecodeConfig:
+    """The config that the model takes to be fastest for one launch over `weights`, a list of `Weight`.
+
+    split: of first factors. together: a program makes the same rows of two weights (SwiGLU).
+    """
+    return _decode_config(device, tokens, tuple(weights), split, together, itemsize)
+
+
+def explain_decode(device: Device, tokens: int, weights, *, split: bool = False, itemsize: int = 2) -> str:
+    """Every config with its predicted microseconds, or why it is not taken: a table for a person."""
+    weights = tuple(weights)
+    lines = [f"{device.name}, {tokens} tokens, weights {', '.join(f'{r}×{c}' for r, c, _, _ in weights)}"]
+    chosen, rows = decode_config(device, tokens, weights, split=split, itemsize=itemsize), []
+    for config, reason in decode_configs(device, tokens, weights, split):
+        seconds = None if reason else decode_seconds(config, device, tokens, weights, itemsize)
+        rows.append((seconds is None, seconds or 0.0, config, reason))
+    for _, seconds, config, reason in sorted(rows, key=lambda row: row[:2]):
+        text = reason or f"{seconds * 1e6:.2f} µs{'  <- chosen' if config == chosen else ''}"
+        lines.append(f"rows {config.rows:3d}  k {config.k:3d}  splits {config.splits:2d}  warps {config.warps}  {text}")
+    return "\n".join(lines)

@@ -18,8 +18,10 @@ from acip_kernels import files, report
 from . import (
     decode_cpu,
     generate,
+    kernel_builds,
     quality,
     quality_search,
+    quality_tasks,
     training_parts,
     training_profile,
     training_routes,
@@ -28,7 +30,7 @@ from . import (
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, TRAINING, QUALITY = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "quality.md"
-DECODING = ROOT / "docs" / "decoding.md"
+DECODING, GPU = ROOT / "docs" / "decoding.md", ROOT / "docs" / "gpu.md"
 RESULT = ROOT / "bench" / "results" / "demo.json"
 BEGIN, END = "<!-- made by bench/readme.py -->", "<!-- end -->"
 
@@ -38,13 +40,13 @@ def block(summary: dict) -> str:
     device, run, on = summary["device"], summary["run"], summary["perplexity_on"]
     lines = [
         report.markdown_table(summary["rows"]),
-        f"{summary['model']} on {summary['data']}, {run['steps']} pruning and {run['tune_steps']} tuning steps "
-        f"({run['tokens'] / 1000:.0f} k tokens in all) in the basis of the activations, adapters counted; "
-        f"perplexity over {on['windows']} windows of {on['context']} tokens "
-        f"spread over {on['tokens'] / 1000:.0f} k held-out ones. {device['device']}, {device['cores']} cores, "
-        f"{device['dtype']}, torch {device['torch']}, transformers {device['transformers']}, {device['date'][:10]}; "
-        f"{summary['seconds'] / 60:.1f} minutes, {summary['peak_memory_bytes'] / 1e9:.1f} GB at the peak. "
-        "`svd` is truncation by the plain singular values alone, at the same size.",
+        f"{summary['model']} on {summary['data']}: ranked on {run['calibration_tokens'] / 1000:.0f} k tokens and "
+        f"trained for {run['steps']} steps ({run['tokens'] / 1000:.0f} k tokens); perplexity over {on['windows']} "
+        f"windows of {on['context']} tokens spread over {on['tokens'] / 1000:.0f} k held-out ones; speeds through "
+        f"stock `generate`, the compressed models as `load(…, fuse=True)` gives them. {device['device']}, "
+        f"{device['cores']} cores, {device['dtype']}, torch {device['torch']}, "
+        f"transformers {device['transformers']}, {device['date'][:10]}; {summary['seconds'] / 60:.1f} minutes, "
+        f"{summary['peak_memory_bytes'] / 1e9:.1f} GB at the peak.",
         "",
         "![Perplexity against size](docs/demo-perplexity.svg)",
         "",
@@ -142,6 +144,18 @@ def decoding_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
     return "\n".join(parts)
 
 
+def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
+    """The GPU page's section: what the kernels become."""
+    path = results / kernel_builds.RESULTS.name
+    if not path.exists():
+        return "Builds: `python -m bench.kernel_builds` writes what belongs here.\n"
+    found = files.read_json(path)
+    return (
+        f"What the launches that `plan` chooses are compiled to, by Triton {found['triton']} ahead of time; from the "
+        f"smallest to the largest of {len(found['rows'])} builds.\n\n{kernel_builds.table(found['rows'])}"
+    )
+
+
 def measured_on(device: dict) -> str:
     """What a measurement ran on, in a line."""
     parts = [f"{device['device']}, {device['cores']} cores", device["instruction_set"], f"torch {device['torch']}"]
@@ -153,6 +167,16 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
     """The quality page's section of measured numbers."""
     stored = quality.read_results(results)
     parts = quality_tables(stored) if stored else ["The benchmark: not measured yet.\n"]
+    beside = results.parent / quality_tasks.RESULTS.name
+    if beside.exists():
+        found = files.read_json(beside)
+        parts.append(
+            f"The same checkpoint on two tasks made of the held-out articles, {found['examples']} examples each (chance"
+            " is 50 % for the order of two sentences; ± is the standard error):\n"
+        )
+        parts.append(quality_tasks.table(found))
+        parts.append("And in words, greedily:\n")
+        parts.append(quality_tasks.samples(found))
     trials = files.read_json(results.parent / "quality_trials.json")
     device = trials["device"]
     parts.append(
@@ -252,7 +276,7 @@ def main(source: str | None = None) -> None:
         for name in ("perplexity", "history", "ranks-0.6"):
             shutil.copyfile(plots / f"{name}.svg", ROOT / "docs" / f"demo-{name}.svg")
     made = {README: block(files.read_json(RESULT)), TRAINING: training_block(), QUALITY: quality_block()}
-    made[DECODING] = decoding_block()
+    made |= {DECODING: decoding_block(), GPU: gpu_block()}
     for path, text in made.items():
         files.write_text(path, with_block(path.read_text("utf-8"), text))
 

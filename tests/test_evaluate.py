@@ -454,6 +454,40 @@ def test_tasks_score_a_local_task_as_by_hand(llama, tokenizer, tmp_path):
     assert limited["toy"]["acc"] == pytest.approx(sum(right[:5]) / 5)
 
 
+ARTICLE = (
+    "The first sentence is about a river. It flows from the hills to the sea. Many people live beside its water. "
+    "Some of them catch fish in spring. Others grow corn on the fields.\n"
+    "Short one. No. It is not long enough. Not this one either. Nor is this.\n"
+)
+
+
+def test_tasks_of_a_text_are_made_of_five_sentences_in_a_row(llama, tokenizer, tmp_path):
+    evaluate.write_text_tasks(tmp_path, [ARTICLE] * 7, count=5)
+    last, order = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in evaluate.TEXT_TASKS
+    )
+    start = "The first sentence is about a river. It flows from the hills to the sea. Many people live beside its"
+    assert last == [{"context": start, "word": " water"}] * 5
+    ordered = [" Some of them catch fish in spring. Others grow corn on the fields."]
+    ordered.append(" Others grow corn on the fields. Some of them catch fish in spring.")
+    assert [one["context"] for one in order] == [start + " water."] * 5
+    for one in order:
+        assert one["choices"][one["label"]] == ordered[0] and sorted(one["choices"]) == sorted(ordered)
+    assert {one["label"] for one in order} == {0, 1}
+
+    result = evaluate.tasks(llama, tokenizer, evaluate.TEXT_TASKS, include_path=tmp_path)
+    assert set(result) == set(evaluate.TEXT_TASKS)
+    assert 0 <= result["last_word"]["acc"] <= 1 < result["last_word"]["perplexity"]
+    assert 0 <= result["sentence_order"]["acc"] <= 1
+    again = tmp_path / "again"
+    evaluate.write_text_tasks(again, [ARTICLE] * 7, count=5)
+    for name in evaluate.TEXT_TASKS:
+        assert (again / f"{name}.jsonl").read_text() == (tmp_path / f"{name}.jsonl").read_text()
+    with pytest.raises(ValueError, match="no five sentences"):
+        evaluate.write_text_tasks(tmp_path, ["Short. Very."])
+
+
 def test_tasks_say_in_one_line_that_the_hub_cannot_be_reached(llama, tokenizer, tmp_path, monkeypatch):
     import datasets
     import huggingface_hub.constants

@@ -9,6 +9,7 @@ import toys
 from torch import nn
 
 from acip_kernels import SVDLinear, compress, factorize, materialize, score_by_singular_values
+from acip_kernels.compress import basis
 from acip_kernels.compress.basis import input_covariances, whitened_svd
 from acip_kernels.compress.config import CompressionConfig
 from acip_kernels.compress.factorize import cached_svd
@@ -180,7 +181,9 @@ def test_a_covariance_that_is_not_finite_is_refused():
         whitened_svd(torch.randn(3, 4), torch.full((4, 4), torch.nan))
 
 
-def test_covariances_are_those_of_the_layers_inputs():
+@pytest.mark.parametrize("rows", [192, 5])
+def test_covariances_are_those_of_the_layers_inputs(rows, monkeypatch):
+    monkeypatch.setattr(basis, "_MOMENT_ROWS", rows)
     model = toys.llama().double()
     names = list(linear_layers(model)[0])
     batches = [{"input_ids": toys.token_ids(seed=seed)} for seed in (1, 2)]

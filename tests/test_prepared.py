@@ -198,7 +198,6 @@ def test_inputs_that_it_is_not_for(layer, x):
     with torch.no_grad():
         assert prepared(x) is not None
         assert prepared(x.double()) is None
-        assert prepared(x.repeat(fused.FUSED_TOKENS, 1)) is None
         assert prepared(x.to("meta")) is None
         assert prepared("x") is None
         assert prepared(torch.tensor(1.0)) is None
@@ -273,10 +272,37 @@ def test_a_compiled_layer_is_one_graph(layer, x):
 def test_only_modules_and_tensors_are_taken(x):
     prepare = extension.module.Prepared
     with pytest.raises(TypeError):
-        prepare([(object(), True)], [], (), 0, x, 32, [])
+        prepare([(object(), True)], [], (), 0, x, 32, False, [])
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        prepare([(type("Empty", (), {})(), True)], [], (), 0, x, 32, [])
+        prepare([(type("Empty", (), {})(), True)], [], (), 0, x, 32, False, [])
     with pytest.raises(TypeError, match="an input"):
-        prepare([], [], (), 0, 1, 32, [])
+        prepare([], [], (), 0, 1, 32, False, [])
     with pytest.raises(TypeError, match="tensors"):
-        prepare([], [1], (), 0, x, 32, [])
+        prepare([], [1], (), 0, x, 32, False, [])
+    with pytest.raises(ValueError, match="two factors"):
+        prepare([], [x], (), 0, x, 32, True, [])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_tokens_are_two_of_torchs_products(dtype, bias):
+    layer = LowRankLinear(IN, OUT, RANK, bias, dtype=dtype)
+    x = torch.randn(2, fused.FUSED_TOKENS, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.no_grad():
+        expected = layer.U(layer.Vh(x))
+        assert torch.equal(layer(x), expected) and is_used(layer, x)
+        assert torch.equal(layer(x), expected)
+        assert layer(x[:1, :3]).shape == (1, 3, OUT)  # and few tokens by the same
+        layer.Vh.register_forward_hook(lambda module, args, output: output * 2)
+        assert not is_used(layer, x)
+        torch.testing.assert_close(layer(x), layer.U(2 * torch.nn.functional.linear(x, layer.Vh.weight)))
+
+
+@pytest.mark.parametrize("name", ["pivoted", "quantized"])
+def test_many_tokens_of_other_layers_take_their_own_way(name):
+    layer = made(name)
+    x = torch.randn(fused.FUSED_TOKENS + 1, IN, generator=torch.Generator().manual_seed(1))
+    assert_right(layer, x)
+    assert layer.prepared is None
+    assert_right(layer, x[:2])
+    assert is_used(layer, x[:2]) and not is_used(layer, x)

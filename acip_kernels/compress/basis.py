@@ -107,8 +107,15 @@ def layer_covariances(
     return inputs.means(model), gradients.means(model)
 
 
+# Rows of a second moment that are made at a time, each from its diagonal on.
+_MOMENT_ROWS = 192
+
+
 class _Moments:
-    """Second moments `Σ tᵀt` of what flows through layers, in float64, and over how many tokens."""
+    """Second moments `Σ tᵀt` of what flows through layers, in float64, and over how many tokens.
+
+    They are symmetric, and take longer than the passes through the model: only blocks from the diagonal on are made.
+    """
 
     def __init__(self, sides: dict[str, str]):
         self.sides = sides
@@ -120,7 +127,11 @@ class _Moments:
         # Siblings (q, k and v) have the same input: one product serves all of them.
         if self.latest[0] is not tensor:
             flat = tensor.detach().reshape(-1, tensor.shape[-1]).float()
-            self.latest = tensor, flat.t() @ flat
+            product = flat.new_zeros(flat.shape[1], flat.shape[1])
+            for start in range(0, len(product), _MOMENT_ROWS):
+                rows = slice(start, start + _MOMENT_ROWS)
+                torch.mm(flat[:, rows].t(), flat[:, start:], out=product[rows, start:])
+            self.latest = tensor, product
         product = self.latest[1]
         self.sums[name] = product.double() if name not in self.sums else self.sums[name].add_(product)
         self.tokens[name] += tensor.numel() // tensor.shape[-1]
@@ -130,7 +141,8 @@ class _Moments:
         means = {}
         for name, side in self.sides.items():
             if self.tokens[name]:
-                means[name] = self.sums[name] / self.tokens[name]
+                upper = self.sums[name].triu_().div_(self.tokens[name])
+                means[name] = upper + upper.triu(1).t()
             else:
                 out_features, in_features = weight_of(model.get_submodule(name)).shape
                 width = in_features if side == "in" else out_features

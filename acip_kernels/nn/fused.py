@@ -24,12 +24,11 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the native operator is to compute `x`: few tokens, on the CPU, nobody wants gradients or autocast."""
+    """Whether it is the native operator's kind of input: on the CPU, and nobody wants gradients or autocast."""
     return (
         extension.module is not None
         and x.device.type == "cpu"
         and x.dtype in DTYPES
-        and x.numel() <= FUSED_TOKENS * x.shape[-1]
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
@@ -139,7 +138,10 @@ _GLOBAL_HOOKS = [
 
 
 def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
-    """The output for `x`, or None where the operator is not to compute it."""
+    """The output for `x`, or None where this is not to make it.
+
+    Above `FUSED_TOKENS` tokens a layer of two plain factors is two of torch's products, without Python between.
+    """
     compiling = torch.compiler.is_compiling()
     if not compiling:
         prepared = fused.prepared
@@ -147,13 +149,21 @@ def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
             y = prepared(x)
             if y is not None:
                 return y
-    tensors: list[Tensor] = []
-    if not takes(x) or not fused.add_tensors(x, tensors):
+    if not takes(x):
         return None
-    spec = fused.spec()
-    if not compiling:
-        fused.prepared = extension.module.Prepared(fused.watched(), tensors, spec, mode, x, FUSED_TOKENS, _GLOBAL_HOOKS)
-    return torch.ops.acip.fused_linear(x, tensors, spec, mode)
+    few, spec, tensors = x.numel() <= FUSED_TOKENS * x.shape[-1], fused.spec(), []
+    # form, flags, and kind, columns and group of both factors
+    hands_over = len(spec) == 8 and spec[0] == FACTORS and spec[2] == spec[5] == PLAIN
+    if not few and (compiling or not hands_over):
+        return None
+    if not fused.add_tensors(x, tensors):
+        return None
+    if compiling:
+        return torch.ops.acip.fused_linear(x, tensors, spec, mode)
+    fused.prepared = extension.module.Prepared(
+        fused.watched(), tensors, spec, mode, x, FUSED_TOKENS, hands_over, _GLOBAL_HOOKS
+    )
+    return fused.prepared(x)
 
 
 def watched(layer: nn.Module, own_hooks: bool = True) -> list[tuple[nn.Module, bool]]:

@@ -14,6 +14,22 @@ from . import extension
 # known but absent and misspelling one are different mistakes and get different messages.
 KNOWN_BACKENDS = ("reference", "native", "triton", "cuda")
 
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.assume_constant_result  # what torch.compile cannot trace
+def _interprets() -> bool:
+    from triton import knobs
+
+    return knobs.runtime.interpret
+
+
+def takes_triton(x: Tensor) -> bool:
+    """Whether Triton kernels run on `x`: on a GPU, or on the CPU in Triton's interpreter, which is for tests."""
+    if x.dtype not in TRITON_DTYPES:
+        return False
+    return x.device.type == "cuda" or (x.device.type == "cpu" and _interprets())
+
 
 def choose_backend(
     operator: str,
@@ -25,7 +41,8 @@ def choose_backend(
     """The implementation that `backend` names; only "auto" may choose.
 
     "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; else the
-    reference. Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
+    reference. It never takes Triton's: no GPU has shown yet where they win, so they are to be asked for. Raises
+    `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
     """
     if backend == "auto":
         native = "native" in available and (x is None or extension.takes(x, dtypes))
@@ -42,6 +59,12 @@ def choose_backend(
         raise RuntimeError(
             f"{operator}: the native kernels take {', '.join(str(d) for d in dtypes)} on the CPU, "
             f"got {x.dtype} on {x.device}. Use backend='auto' to let the package choose."
+        )
+    if backend == "triton" and x is not None and not takes_triton(x):
+        raise RuntimeError(
+            f"{operator}: the Triton kernels take {', '.join(str(d) for d in TRITON_DTYPES)} on a GPU, "
+            f"got {x.dtype} on {x.device}. Move or convert x, or use backend='auto' to let the package choose. "
+            "On the CPU they run in Triton's interpreter alone, for tests: TRITON_INTERPRET=1 before it is imported."
         )
     return available[backend]
 

@@ -1,7 +1,7 @@
 """`fused_linear`: what deployed linear layers compute for a few tokens, on the CPU in one call.
 
-The operator itself is registered by the native extension (`csrc/bindings.cpp`), because a call has to cost
-microseconds; here are the names of its arguments' values, what it is to torch's compiler, and where it pays.
+On the CPU the operator is the native extension's (`csrc/bindings.cpp`), because a call has to cost microseconds; on a
+GPU it is `triton.py`'s. Here are the names of its arguments' values, what it is to torch's compiler, and where it pays.
 
     fused_linear(x, tensors, spec, mode) -> y
 
@@ -71,6 +71,15 @@ def _flops(x_shape, tensor_shapes, spec, mode, *_, out_shape=None, **__) -> int:
     return 2 * tokens * _outputs([_Shape(shape) for shape in tensor_shapes], spec)[1]
 
 
-if extension.module is not None:
+try:
+    from . import triton
+except ImportError:  # a machine without Triton
+    triton = None
+
+if extension.module is not None or triton is not None:
+    if extension.module is None:
+        torch.library.define("acip::fused_linear", "(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor")
+    if triton is not None:
+        torch.library.impl("acip::fused_linear", "CUDA", triton.forward)
     torch.library.register_fake("acip::fused_linear", _fake)
     register_flop_formula(torch.ops.acip.fused_linear)(_flops)

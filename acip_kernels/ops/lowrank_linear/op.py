@@ -14,6 +14,12 @@ OPERATOR = "lowrank_linear"
 BACKENDS = {"reference": reference.forward}
 if extension.available():
     BACKENDS["native"] = native.forward
+try:
+    from . import triton
+except ImportError:  # a machine without Triton
+    pass
+else:
+    BACKENDS["triton"] = triton.forward
 
 
 def lowrank_linear(

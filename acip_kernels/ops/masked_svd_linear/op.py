@@ -14,6 +14,12 @@ from .problem import Adapter
 
 OPERATOR = "masked_svd_linear"
 BACKENDS = {"reference": reference} | ({"native": native} if extension.available() else {})
+try:
+    from . import triton
+except ImportError:  # a machine without Triton
+    pass
+else:
+    BACKENDS["triton"] = triton
 
 
 def masked_svd_linear(

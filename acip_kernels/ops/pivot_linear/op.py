@@ -12,6 +12,12 @@ OPERATOR = "pivot_linear"
 BACKENDS = {"reference": reference.forward}
 if extension.available():
     BACKENDS["native"] = native.forward
+try:
+    from . import triton
+except ImportError:  # a machine without Triton
+    pass
+else:
+    BACKENDS["triton"] = triton.forward
 
 
 def pivot_linear(

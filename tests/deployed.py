@@ -1,0 +1,100 @@
+"""Random deployed layers, as `fused_linear` takes them, with what they are in float64 and how far rounding may go."""
+
+import itertools
+
+import operators
+import torch
+from operators import error_bound
+
+from acip_kernels.ops.fused_linear import op, reference
+
+KINDS = {"plain": op.PLAIN, "int8": op.INT8, "int4": op.INT4, "int4 with zeros": op.INT4_ZEROS}
+
+
+def arguments(layers):
+    """The operator's tensors and spec of `layers`."""
+    tensors, spec = [], []
+    for layer in layers:
+        tensors += layer.tensors
+        spec += layer.spec
+    return tensors, spec
+
+
+def exact(x, layers, mode=op.CONCATENATE):
+    return reference.forward(x.double(), *arguments(layers), mode)
+
+
+class Matrix:
+    """A random weight, its tensors and spec, and its values in float64."""
+
+    def __init__(self, generator, rows, cols, kind, dtype, group=32):
+        self.rows, self.cols = rows, cols
+        self.spec = [kind, cols, group if kind >= op.INT4 else 0]
+        if kind == op.PLAIN:
+            self.tensors = [operators.numbers(generator, rows, cols, dtype=dtype)]
+            self.values = self.tensors[0].double()
+            return
+        if kind == op.INT8:
+            codes = torch.randint(-127, 128, (rows, cols), generator=generator, dtype=torch.int8)
+            scales = torch.rand(rows, generator=generator) / 127 + 1e-3
+            self.tensors, self.values = [codes, scales], codes.double() * scales.double()[:, None]
+            return
+        groups, blocks = -(-cols // group), -(-cols // 64)
+        codes = torch.randint(0, 16, (rows, blocks * 64), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(rows, groups, generator=generator) / 8 + 1e-2).bfloat16()
+        zeros = torch.randint(0, 16, (rows, groups), generator=generator, dtype=torch.uint8)
+        halves = codes.view(rows, blocks, 2, 32)
+        packed = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(rows, blocks * 32)
+        self.tensors = [packed, scales] + ([zeros] if kind == op.INT4_ZEROS else [])
+        zero = zeros.double() if kind == op.INT4_ZEROS else torch.full((rows, groups), 8.0, dtype=torch.float64)
+        of = torch.arange(cols) // group
+        self.values = (codes[:, :cols].double() - zero[:, of]) * scales.double()[:, of]
+
+
+class Layer:
+    def __init__(self, form, in_, out, rank, dtype, kind=op.PLAIN, *, s=False, bias=True, group=32, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.out = out
+        shapes = {
+            op.DENSE: [(out, in_)],
+            op.FACTORS: [(rank, in_), (out, rank)],
+            op.PIVOTED: [(rank, in_), (out - rank, rank)],
+        }[form]
+        self.matrices = [Matrix(generator, *shape, kind, dtype, group) for shape in shapes]
+        self.spec = [form, s + 2 * bias, *itertools.chain(*(m.spec for m in self.matrices))]
+        self.tensors = [tensor for matrix in self.matrices for tensor in matrix.tensors]
+        self.place = torch.randperm(out, generator=generator)
+        if form == op.PIVOTED:
+            self.tensors.append(self.place.to(torch.int32))
+        self.s = operators.numbers(generator, rank, dtype=torch.float32) if s else None
+        self.bias = operators.numbers(generator, out, dtype=dtype) if bias else None
+        self.tensors += [tensor for tensor in (self.s, self.bias) if tensor is not None]
+        self.form = form
+
+    def magnitude(self, x):
+        """The sums of absolute values behind each output, float64."""
+        y = x.double().abs() @ self.matrices[0].values.abs().t()
+        if self.s is not None:
+            y = y * self.s.double().abs()
+        if self.form != op.DENSE:
+            second = y @ self.matrices[1].values.abs().t()
+            if self.form == op.PIVOTED:
+                whole = torch.empty(*x.shape[:-1], self.out, dtype=torch.float64)
+                whole[..., self.place] = torch.cat([y, second], -1)
+                y = whole
+            else:
+                y = second
+        return y if self.bias is None else y + self.bias.double().abs()
+
+    @property
+    def terms(self):
+        return sum(matrix.cols for matrix in self.matrices)
+
+
+def inputs(dtype, tokens, in_, seed=1):
+    return operators.numbers(torch.Generator().manual_seed(seed), tokens, in_, dtype=dtype)
+
+
+def bound(layer, x, dtype, roundings=3):
+    # z, its product with the bias's sum and the output are rounded; scales, s and the lanes' sums besides the terms.
+    return error_bound(dtype, layer.magnitude(x), roundings=roundings, sums=layer.terms + 40)

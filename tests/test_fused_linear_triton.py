@@ -1,0 +1,192 @@
+"""The Triton kernels of deployed layers against float64, in Triton's interpreter where there is no GPU."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from deployed import KINDS, Layer, arguments, bound, exact, inputs
+from operators import assert_within
+
+compiler = pytest.importorskip("triton")
+
+from acip_kernels.ops import lowrank_linear  # noqa: E402
+from acip_kernels.ops.fused_linear import op, triton  # noqa: E402
+from acip_kernels.ops.pivot_linear.op import pivot_linear  # noqa: E402
+from acip_kernels.plan import DEVICES, DecodeConfig, decode_config  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter cuts bfloat16 off where a GPU rounds it: twice the error.
+ROUNDINGS = 3 if DEVICE.type == "cuda" else 6
+SMALL = DecodeConfig(rows=16, k=64, splits=2, warps=4)
+SHAPES = [(1, 1, 1), (33, 65, 17), (130, 37, 33), (200, 150, 97)]
+
+
+def fused(x, layers, mode=op.CONCATENATE, config=None):
+    tensors, spec = arguments(layers)
+    return triton.forward(x.to(DEVICE), [t.to(DEVICE) for t in tensors], spec, mode, config).cpu()
+
+
+def bounds(layers, x, dtype):
+    return torch.cat([bound(layer, x, dtype, ROUNDINGS) for layer in layers], -1)
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
+def test_every_form_and_number_against_float64(form, kind, dtype):
+    for number, (in_, out, rank) in enumerate(SHAPES):
+        layer = Layer(
+            form, in_, out, rank, dtype, KINDS[kind], s=form == op.FACTORS and number % 2 == 0, bias=number % 3 != 1,
+            group=(32, 64, 128)[number % 3], seed=number,
+        )  # fmt: skip
+        for tokens in (1, 5):
+            x = inputs(dtype, tokens, in_)
+            y = fused(x, [layer], config=SMALL)
+            assert y.dtype == dtype
+            assert_within(bounds([layer], x, dtype), y, exact(x, [layer]), f"{in_} → {rank} → {out}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+def test_siblings_of_mixed_forms_and_unequal_ranks(dtype, tokens):
+    layers = [
+        Layer(op.FACTORS, 70, 90, 33, dtype, seed=1, s=True),
+        Layer(op.PIVOTED, 70, 20, 1, dtype, op.INT4_ZEROS, seed=3),
+        Layer(op.DENSE, 70, 20, 0, dtype, op.INT8, seed=2, bias=False),
+    ]
+    x = inputs(dtype, tokens, 70)
+    for count, order in ((2, (2, 0, 1)), (3, (0, 1, 2)), (3, (1, 2, 0))):
+        some = [layers[i] for i in order[:count]]
+        y = fused(x, some, config=SMALL)
+        assert_within(bounds(some, x, dtype), y, exact(x, some))
+        alone = torch.cat([fused(x, [layer], config=SMALL) for layer in some], -1)
+        assert torch.equal(y, alone)  # to the bit: a row's sum is the same in any company
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "forms", [(op.FACTORS,) * 3, (op.DENSE, op.FACTORS, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
+)
+def test_gated_mlp_and_swiglu(forms, dtype, tokens):
+    gate, up, down = (
+        Layer(forms[0], 40, 66, 21, dtype, seed=1),
+        Layer(forms[1], 40, 66, 35, dtype, op.INT8, seed=2),
+        Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3),
+    )
+    x = inputs(dtype, tokens, 40) / 8
+    g, u = exact(x, [gate]), exact(x, [up])
+    dg, du = bounds([gate], x, dtype), bounds([up], x, dtype)
+    # silu's slope is at most 1.1 and |silu(g)| at most |g|.
+    eps, small = 2 * torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    act = torch.nn.functional.silu(g) * u
+    act_bound = 1.1 * dg * (u.abs() + du) + g.abs() * du + (eps + 20 * small) * (g.abs() + dg) * (u.abs() + du)
+    assert_within(act_bound, fused(x, [gate, up], op.SWIGLU, SMALL), exact(x, [gate, up], op.SWIGLU))
+    y, want = fused(x, [gate, up, down], op.GATED_MLP, SMALL), exact(x, [gate, up, down], op.GATED_MLP)
+    through = Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3, bias=False).magnitude(act_bound)
+    assert_within(through + bound(down, act.abs() + act_bound, dtype, ROUNDINGS), y, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_the_config_changes_no_more_than_rounding(tokens):
+    dtype = torch.float32
+    layers = [Layer(op.FACTORS, 300, 70, 90, dtype, seed=1), Layer(op.FACTORS, 300, 40, 20, dtype, op.INT8, seed=2)]
+    x = inputs(dtype, tokens, 300)
+    want, limits = exact(x, layers), bounds(layers, x, dtype)
+    rows = (16, 32) if tokens > 1 else (4, 16)
+    for r, k, splits in itertools.product(rows, (64, 128), (1, 2, 4)):
+        config = DecodeConfig(rows=r, k=k, splits=splits, warps=2)
+        assert_within(limits, fused(x, layers, config=config), want, str(config))
+    assert_within(limits, fused(x, layers), want, "what plan chooses")
+
+
+def test_scratch_need_not_be_cleared_and_reruns_are_identical():
+    layers = [Layer(op.FACTORS, 200, 50, 33, torch.bfloat16), Layer(op.PIVOTED, 200, 50, 20, torch.bfloat16, seed=5)]
+    x = inputs(torch.bfloat16, 3, 200)
+    y = fused(x, layers, config=SMALL)
+    # Fills what `torch.empty` makes with NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        for config in (SMALL, dataclasses.replace(SMALL, splits=4)):
+            assert torch.isfinite(fused(x, layers, config=config)).all()
+        assert torch.equal(fused(x, layers, config=SMALL), y)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_inputs_of_other_layouts_and_none():
+    layer = Layer(op.FACTORS, 40, 30, 8, torch.float32)
+    x = inputs(torch.float32, 6, 80)
+    y = fused(x[::2, ::2], [layer], config=SMALL)
+    assert_within(bounds([layer], x[::2, ::2], torch.float32), y, exact(x[::2, ::2], [layer]))
+    assert fused(x[:2, :40].view(2, 1, 40), [layer], config=SMALL).shape == (2, 1, 30)
+    assert fused(x[:0, :40], [layer], config=SMALL).shape == (0, 30)
+    all_pivots = Layer(op.PIVOTED, 40, 8, 8, torch.float32)
+    assert_within(
+        bounds([all_pivots], x[:1, :40], torch.float32),
+        fused(x[:1, :40], [all_pivots]),
+        exact(x[:1, :40], [all_pivots]),
+    )
+
+
+def test_what_the_kernels_do_not_take():
+    layer = Layer(op.FACTORS, 40, 30, 8, torch.float32)
+    with pytest.raises(ValueError, match="up to 16 tokens, got 17"):
+        fused(inputs(torch.float32, 17, 40), [layer])
+    with pytest.raises(ValueError, match="float32, bfloat16 and float16"):
+        fused(inputs(torch.float64, 1, 40), [layer])
+    with pytest.raises(ValueError, match="up to 3 siblings"):
+        fused(inputs(torch.float32, 1, 40), [layer] * 4)
+
+
+def test_plan_chooses_for_every_device():
+    """A legal config for every shape, that differs where it should."""
+    llama = [(1024, 4096, op.PLAIN, 0)], [(4096, 1024, op.PLAIN, 0)], [(128, 4096, op.INT8, 0)] * 3
+    for device, weights, tokens in itertools.product(DEVICES.values(), llama, (1, 16)):
+        for split in (False, True):
+            config = decode_config(device, tokens, weights, split=split)
+            assert config.pdl == (device.pdl_gap is not None)
+            assert split or config.splits == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_the_operators_take_it_by_name(tokens):
+    """`backend="triton"`: forward here, every gradient by the reference, torch's products for many tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()
+
+    x, Vh, U, s, bias = numbers(tokens, 40), numbers(9, 40), numbers(30, 9), numbers(9), numbers(30)
+    outputs = [lowrank_linear(x, Vh, U, s, bias, backend=name) for name in ("triton", "reference")]
+    torch.testing.assert_close(*outputs)
+    gradients = [torch.autograd.grad(y.square().sum(), (x, Vh, U, s, bias)) for y in outputs]
+    for ours, wanted in zip(*gradients):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-3)
+    inverse = torch.randperm(30, generator=generator).to(DEVICE)
+    C = numbers(21, 9)
+    with torch.no_grad():
+        outputs = [pivot_linear(x, Vh, C, inverse, bias, backend=name) for name in ("triton", "reference")]
+        torch.testing.assert_close(*outputs)
+    y = pivot_linear(x, Vh, C, inverse, bias, backend="triton")
+    assert all(g is not None for g in torch.autograd.grad(y.sum(), (x, Vh, C, bias)))
+
+
+def test_torchs_checks_of_the_operator():
+    generator = torch.Generator().manual_seed(0)
+    x, Vh, U = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((2, 20), (5, 20), (12, 5)))
+    torch.library.opcheck(
+        torch.ops.acip.lowrank_linear, (x.requires_grad_(), Vh, U, None, None, "triton"), raise_exception=True
+    )
+
+
+def test_without_a_gpu_it_runs_in_the_interpreter_alone(monkeypatch):
+    if DEVICE.type == "cuda":
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(compiler.knobs.runtime, "interpret", False)
+    x = torch.randn(1, 20)
+    with pytest.raises(RuntimeError, match="on a GPU"):
+        lowrank_linear(x, torch.randn(5, 20), torch.randn(12, 5), backend="triton")
+    assert lowrank_linear(x, torch.randn(5, 20), torch.randn(12, 5)).shape == (1, 12)
