@@ -173,7 +173,7 @@ def _fitting_steps(model, batches, seconds: float) -> int:
         model.zero_grad(set_to_none=True)
         times.append(time.monotonic() - start)
     # The teacher's pass besides, and products of the updates; smaller sizes cost less.
-    step = 1.5 * min(times)
+    step = 1.25 * min(times)
     return max(16, min(400, int((seconds - _ranking_seconds(model, batch)) / step)))
 
 

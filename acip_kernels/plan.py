@@ -252,7 +252,7 @@ class DecodeConfig:
 
 
 def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[Weight, ...], split: bool) -> str | None:
-    """What makes `config` illegal, or None: the one rule of the launcher, of `acip tune` and of the tests."""
+    """What makes `config` illegal, or None: the one rule of the choice, the tests and whoever tunes."""
     powers = (config.rows, config.k, config.warps)
     if any(n < 1 or n & (n - 1) for n in powers):
         return "tiles and warps must be powers of two"
@@ -267,8 +267,9 @@ def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[We
     elements = config.rows * (32 if quantized else config.k) / threads
     if elements > 64:
         return "a tile of more than 64 elements a thread does not stay in registers"
-    if elements < 1:
-        return "a thread would have no element of its own"
+    # Of two bytes, or of one: what float32 is has twice as much.
+    if elements * (2 if any(kind == 0 for _, _, kind, _ in weights) else 1) < (1 if quantized else 16):
+        return "a thread would read less than 16 bytes at a time"
     if config.splits > 1 and not split:
         return "only first factors are split"
     if config.splits > 1 and min(cols for _, cols, _, _ in weights) < config.splits * max(config.k, 64):

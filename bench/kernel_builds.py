@@ -7,8 +7,10 @@ matter are written down. No time is measured here: there is nothing to run it on
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
+import multiprocessing
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated
@@ -107,7 +109,13 @@ class Launch:
         from acip_kernels.ops.fused_linear import triton
 
         return aot.build(
-            getattr(triton, self.kernel), dict(self.signature), dict(self.constants), self.target, self.warps, 1
+            getattr(triton, self.kernel),
+            dict(self.signature),
+            dict(self.constants),
+            self.target,
+            self.warps,
+            1,
+            **({"maxnreg": triton.MOST_REGISTERS} if self.target.startswith("sm_") else {}),
         )
 
     def row(self) -> dict:
@@ -120,6 +128,14 @@ class Launch:
             "constants": " ".join(f"{name}={value}" for name, value in sorted(constants.items())),
             "arguments": " ".join(kind for _, kind in self.signature),
         }
+
+
+def measured(launch: Launch) -> dict:
+    """What `launch` becomes, in numbers."""
+    build = launch.build()
+    return {
+        name: getattr(build, name) for name in ("registers", "spills", "shared", "matrix", "loads_128", "instructions")
+    }
 
 
 def type_of(argument) -> str:
@@ -192,10 +208,10 @@ def main(store: Annotated[bool, typer.Option(help="Write the result under bench/
     from rich.progress import track
 
     rows, found = [], every_launch()
-    for launch, needed in track(found.items(), "compiling", total=len(found)):
-        build = launch.build()
-        numbers = ("registers", "spills", "shared", "matrix", "loads_128", "instructions")
-        rows.append(launch.row() | {name: getattr(build, name) for name in numbers} | {"problems": len(needed)})
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        builds = pool.map(measured, found)
+        for (launch, needed), numbers in track(zip(found.items(), builds), "compiling", total=len(found)):
+            rows.append(launch.row() | numbers | {"problems": len(needed)})
     import triton as compiler
 
     result = {"triton": compiler.__version__, "rows": rows}

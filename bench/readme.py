@@ -47,6 +47,7 @@ def block(summary: dict) -> str:
         f"{device['cores']} cores, {device['dtype']}, torch {device['torch']}, "
         f"transformers {device['transformers']}, {device['date'][:10]}; {summary['seconds'] / 60:.1f} minutes, "
         f"{summary['peak_memory_bytes'] / 1e9:.1f} GB at the peak.",
+        *longer_run(),
         "",
         "![Perplexity against size](docs/demo-perplexity.svg)",
         "",
@@ -59,6 +60,20 @@ def block(summary: dict) -> str:
         text = " ".join(samples[0].replace("|", "\\|").split())
         lines.append(f"| {name} | {text} |")
     return "\n".join(lines) + "\n"
+
+
+def longer_run(results: pathlib.Path = quality.RESULTS) -> list[str]:
+    """What `bench.quality`'s run of the same recipe comes to, against the dense model."""
+    stored = {(one["method"], one["seed"]): one for one in quality.read_results(results)}
+    dense = stored["dense", 0]["rows"][0]["wikipedia"]
+    nested = stored["nested", 0]
+    rows = [row for row in nested["rows"] if "wikipedia" in row]
+    times = ", ".join(f"{row['wikipedia'] / dense:.2f} at {100 * row['size_ratio']:.0f} %" for row in rows)
+    return [
+        "",
+        f"A run of {nested['setting']['config']['steps']} steps, {nested['seconds'] / 60:.0f} minutes on the same "
+        f"cores, brings the perplexity, in terms of the dense model's, to {times}.",
+    ]
 
 
 def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:

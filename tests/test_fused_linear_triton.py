@@ -8,12 +8,12 @@ import torch
 from deployed import KINDS, Layer, arguments, bound, exact, inputs
 from operators import assert_within
 
-compiler = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from acip_kernels.ops import lowrank_linear  # noqa: E402
-from acip_kernels.ops.fused_linear import op, triton  # noqa: E402
-from acip_kernels.ops.pivot_linear.op import pivot_linear  # noqa: E402
-from acip_kernels.plan import DEVICES, DecodeConfig, decode_config  # noqa: E402
+from acip_kernels.ops import lowrank_linear
+from acip_kernels.ops.fused_linear import op, triton
+from acip_kernels.ops.pivot_linear.op import pivot_linear
+from acip_kernels.plan import DEVICES, DecodeConfig, decode_config
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter cuts bfloat16 off where a GPU rounds it: twice the error.
@@ -185,7 +185,7 @@ def test_torchs_checks_of_the_operator():
 def test_without_a_gpu_it_runs_in_the_interpreter_alone(monkeypatch):
     if DEVICE.type == "cuda":
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(compiler.knobs.runtime, "interpret", False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     x = torch.randn(1, 20)
     with pytest.raises(RuntimeError, match="on a GPU"):
         lowrank_linear(x, torch.randn(5, 20), torch.randn(12, 5), backend="triton")

@@ -1,5 +1,7 @@
 """The plan: counted operations against a counter's, and which way they choose."""
 
+import itertools
+
 import pytest
 import torch
 import toys
@@ -7,7 +9,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from acip_kernels import CompressionConfig, SVDLinear, factorize
 from acip_kernels.compress.step import TrainingStep
-from acip_kernels.plan import ROUTES, TrainingPlan, training_memory, training_operations, training_plan
+from acip_kernels.plan import (
+    DEVICES,
+    ROUTES,
+    DecodeConfig,
+    TrainingPlan,
+    decode_config,
+    decode_configs,
+    decode_seconds,
+    device_of,
+    explain_decode,
+    training_memory,
+    training_operations,
+    training_plan,
+    why_not,
+)
 
 
 def in_place_product(to, a, b, *, out_shape=None, **_):
@@ -117,3 +133,70 @@ def test_the_memory_formula_is_what_is_held(route, share, dropout, save_z):
     seeds = 8 if dropout and route == "factored" else 0
     kept = [t for t in saved if t.untyped_storage().data_ptr() not in own]
     assert storage_bytes(kept) - seeds == memory.kept
+
+
+# ---- deployed layers on a GPU
+
+LLAMA = ((1024, 4096, 0, 0), (4096, 1024, 0, 0))  # both factors of a 4096 × 4096 layer at half its size
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_the_chosen_config_is_legal_and_the_fastest_of_the_model(device, kind, tokens):
+    for rows, cols, split in ((1024, 4096, True), (4096, 1024, False), (8, 64, True), (0, 3, False)):
+        weights = ((rows, cols, kind, 64 if kind >= 2 else 0),)
+        chosen = decode_config(device, tokens, list(weights), split=split)
+        legal = [config for config, reason in decode_configs(device, tokens, weights, split) if reason is None]
+        assert chosen in legal and why_not(chosen, device, tokens, weights, split) is None
+        times = [decode_seconds(config, device, tokens, weights) for config in legal]
+        assert decode_seconds(chosen, device, tokens, weights) == min(times)
+
+
+def test_the_model_is_no_faster_than_memory_and_launches():
+    """Predicted for both launches of a layer, against its bytes over the bandwidth: not below it, not far above."""
+    for device in DEVICES.values():
+        first, second = (
+            decode_seconds(
+                decode_config(device, 1, [weight], split=split), device, 1, (weight,)
+            )
+            for weight, split in zip(LLAMA, (True, False))
+        )  # fmt: skip
+        gap = device.gap if device.pdl_gap is None else device.pdl_gap
+        assert first + second >= 2 * 1024 * 4096 * 2 / device.bandwidth + 2 * gap
+        assert first + second < 3 * 2 * 1024 * 4096 * 2 / device.bandwidth + 2 * gap
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens", "kind", "split", "reason"),
+    [
+        (DecodeConfig(rows=12), 1, 0, False, "powers of two"),
+        (DecodeConfig(rows=8), 4, 0, False, "tensor cores"),
+        (DecodeConfig(k=128), 1, 3, False, "int4 is read 64 columns"),
+        (DecodeConfig(warps=64), 1, 0, False, "up to 32 warps"),
+        (DecodeConfig(rows=128, k=512), 1, 0, False, "does not stay in registers"),
+        (DecodeConfig(rows=4, warps=8), 1, 0, False, "less than 16 bytes"),
+        (DecodeConfig(splits=2), 1, 0, False, "only first factors"),
+        (DecodeConfig(splits=16, k=512), 1, 0, True, "less than a tile"),
+        (DecodeConfig(pdl=True), 1, 0, False, "A100 has no programmatic dependent launch"),
+        (DecodeConfig(), 1, 0, False, None),
+    ],
+)
+def test_every_reason_against_a_config(config, tokens, kind, split, reason):
+    found = why_not(config, DEVICES["A100"], tokens, ((1024, 4096, kind, 64),), split)
+    assert found is None if reason is None else reason in found
+
+
+def test_splits_cover_all_columns_and_none_is_empty():
+    for cols, k, splits in itertools.product((1, 63, 64, 65, 1000, 4096), (64, 256), (1, 2, 4, 16)):
+        count, span = DecodeConfig(k=k, splits=splits).split(cols)
+        assert span % max(k, 64) == 0 and (count - 1) * span < cols <= count * span and count <= splits
+
+
+def test_every_choice_is_printed_with_its_reason():
+    text = explain_decode(DEVICES["H100"], 1, LLAMA[:1], split=True)
+    assert text.startswith("H100, 1 tokens, weights 1024×4096")
+    assert text.count("<- chosen") == 1 and "less than 16 bytes" in text
+    times = [float(line.split(" µs")[0].split()[-1]) for line in text.splitlines() if "µs" in line]
+    assert times == sorted(times) and len(times) > 20
+    assert device_of(torch.device("cpu")) is DEVICES["H100"]

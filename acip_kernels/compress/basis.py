@@ -141,7 +141,8 @@ class _Moments:
         means = {}
         for name, side in self.sides.items():
             if self.tokens[name]:
-                upper = self.sums[name].triu_().div_(self.tokens[name])
+                # Taken out, so that a wide model's moments are not held twice.
+                upper = self.sums.pop(name).triu_().div_(self.tokens[name])
                 means[name] = upper + upper.triu(1).t()
             else:
                 out_features, in_features = weight_of(model.get_submodule(name)).shape

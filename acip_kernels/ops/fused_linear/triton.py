@@ -406,8 +406,14 @@ def read_layers(tensors: list[Tensor], spec: list[int]) -> list[Layer]:
     return layers
 
 
+# As many as there are: otherwise ptxas spills a few, to put one more block on a multiprocessor.
+MOST_REGISTERS = 255
+
+
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """`kernel[grid](...)`; one place, where `bench.kernel_builds` listens to what would be launched."""
+    if torch.version.hip is None:
+        options["maxnreg"] = MOST_REGISTERS
     kernel[grid](*arguments, **options)
 
 
