@@ -63,34 +63,37 @@ def main(
     elastic: Annotated[pathlib.Path, typer.Option(help="The checkpoint.")] = ROOT / "runs/quality/nested-0/elastic",
     limit: Annotated[int, typer.Option(help="Examples a task.")] = 200,
 ):
-    """Accuracies and continuations at every size."""
+    """Accuracies and continuations at every size; an interrupted call goes on where it was."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = str(texts.demo_model(log=console.print))
     tokenizer = AutoTokenizer.from_pretrained(source)
     articles = texts.demo_texts(log=console.print)[-HELD_OUT:]
     dtype = compute_dtype("auto", torch.device("cpu"))
-    compressed, rows = CompressionResult.load(elastic), []
+    device = report.device_description() | {"dtype": str(dtype).removeprefix("torch.")}
+    result = {"device": device, "examples": limit, "prompts": list(PROMPTS), "rows": []}
+    if RESULTS.exists():
+        stored = files.read_json(RESULTS)
+        if (stored["examples"], stored["prompts"]) != (limit, list(PROMPTS)):
+            raise ValueError(f"{RESULTS} was measured with another setting: remove it to measure anew")
+        result["rows"] = stored["rows"]
+    compressed, done = CompressionResult.load(elastic), {row["model"] for row in result["rows"]}
     with tempfile.TemporaryDirectory() as folder:
         evaluate.write_text_tasks(folder, articles, limit)
         for size in (None, *SIZES):
             name = "dense" if size is None else f"{size:g}"
+            if name in done:
+                continue
             if size is None:
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
             else:
                 model = materialize(compressed, size).to(dtype).eval()
             found = evaluate.tasks(model, tokenizer, evaluate.TEXT_TASKS, include_path=folder)
-            rows.append(
-                {
-                    "model": name,
-                    "tasks": found,
-                    "samples": evaluate.generate_samples(model, tokenizer, PROMPTS, NEW_TOKENS),
-                }
-            )
+            samples = evaluate.generate_samples(model, tokenizer, PROMPTS, NEW_TOKENS)
+            result["rows"].append({"model": name, "tasks": found, "samples": samples})
+            files.write_json(RESULTS, result)
             console.print(name, found)
-    device = report.device_description() | {"dtype": str(dtype).removeprefix("torch.")}
-    files.write_json(RESULTS, {"device": device, "examples": limit, "prompts": list(PROMPTS), "rows": rows})
-    typer.echo(table(files.read_json(RESULTS)))
+    typer.echo(table(result))
 
 
 if __name__ == "__main__":
