@@ -182,6 +182,14 @@ def test_torchs_checks_of_the_operator():
     )
 
 
+def test_torchs_compiler_traces_it():
+    x, Vh, U = (torch.randn(*shape).to(DEVICE) for shape in ((2, 20), (5, 20), (12, 5)))
+    compiled = torch.compile(
+        lambda x: lowrank_linear(x, Vh, U, backend="triton") * 2, fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(x), lowrank_linear(x, Vh, U, backend="reference") * 2)
+
+
 def test_without_a_gpu_it_runs_in_the_interpreter_alone(monkeypatch):
     if DEVICE.type == "cuda":
         pytest.skip("there is a GPU")
