@@ -13,7 +13,7 @@ from acip_kernels import RankingConfig, Sizing, compress, materialize
 from acip_kernels.compress.basis import damped_cholesky, input_covariances, layer_covariances, whitened_svd
 from acip_kernels.compress.factorize import factorize, svd_layers
 from acip_kernels.compress.importance import _pooled, gradient_importance, scores_by_worth
-from acip_kernels.compress.methods import ALLOCATIONS, uniform_scores
+from acip_kernels.compress.methods import ALLOCATIONS, theoretical_loss_scores, uniform_scores
 from acip_kernels.compress.step import with_labels
 
 BATCHES = [{"input_ids": toys.token_ids(seed=seed)} for seed in range(4)]
@@ -222,3 +222,30 @@ def test_uniform_scores_fall_with_rank():
     factorize(model, adapter_rank=0)
     for scores in uniform_scores(Sizing.of(model)).values():
         assert bool((scores[1:] < scores[:-1]).all())
+
+
+def test_theoretical_loss_allocates_by_the_error_of_each_layer_of_a_group():
+    """SVD-LLM v2: the largest go last, and of like layers the one whose tail is larger is cut less."""
+    model = torch.nn.ModuleDict(
+        {str(i): torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 32, bias=False)}) for i in range(2)}
+    )
+    factorize(model, adapter_rank=0)
+    sizing = Sizing.of(model, forms=("pivoted",))
+    flat, steep = torch.full((32,), 100.0), 100.0 * 0.5 ** torch.arange(32)
+    values = {"0.q_proj": steep, "1.q_proj": flat}
+    scores = theoretical_loss_scores(values, sizing, tokens=1000)
+    for score in scores.values():
+        assert bool((score[1:] < score[:-1]).all())
+    for size in (0.9, 0.7, 0.5):
+        live = sizing.cut(scores, size)
+        ranks = {name: int(kept.sum()) for name, kept in live.items()}
+        assert 0 < ranks["0.q_proj"] < ranks["1.q_proj"]
+        assert size - 0.1 < sizing.ratio(torch.tensor(list(ranks.values()))) <= size
+        for kept in live.values():
+            assert bool(kept[: int(kept.sum())].all())
+    # Layers that lose as much are cut alike, as by the uniform allocation.
+    alike = theoretical_loss_scores({"0.q_proj": flat, "1.q_proj": flat}, sizing, tokens=1000)
+    for size in (0.8, 0.4):
+        ranks = [int(kept.sum()) for kept in sizing.cut(alike, size).values()]
+        uniform = [int(kept.sum()) for kept in sizing.cut(uniform_scores(sizing), size).values()]
+        assert all(abs(a - b) <= 1 for a, b in zip(ranks, uniform))

@@ -242,7 +242,8 @@ def theoretical_loss_scores(values: dict[str, Tensor], sizing: Sizing, tokens: i
             for name in members:
                 left = 1 - min(1.0, (1 - kept) * weights[name] / mean)
                 gone = shares[name] > left
-                scores[name][gone & (scores[name] == 2.0)] = 1 + kept
+                # What goes at a large target goes first: it has the lowest score.
+                scores[name][gone & (scores[name] == 2.0)] = 2 - kept
     # Within one target the order of the values.
     return {name: (score - torch.arange(len(score)) * 1e-6).float() for name, score in scores.items()}
 
