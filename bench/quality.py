@@ -15,6 +15,7 @@ counted) and at the same bytes of the file in bfloat16.
 from __future__ import annotations
 
 import itertools
+import json
 import pathlib
 import time
 from typing import Annotated
@@ -97,6 +98,7 @@ def run_method(
         "calibration_tokens": CALIBRATION_BATCHES * LENGTH,
         "training_tokens": trained * LENGTH,
     }
+    setting = json.loads(json.dumps(setting))  # as it is read back: without tuples
     if result.get("setting", setting) != setting and result["rows"]:
         raise ValueError(f"{target} was measured with another setting: remove it to measure anew")
     result["setting"], result["device"] = setting, report.device_description()
