@@ -18,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from acip_kernels import files
+from acip_kernels import files, report
 from acip_kernels.ops import aot
 from acip_kernels.ops.fused_linear import op
 from acip_kernels.ops.quantize import shapes
@@ -214,7 +214,8 @@ def main(store: Annotated[bool, typer.Option(help="Write the result under bench/
             rows.append(launch.row() | numbers | {"problems": len(needed)})
     import triton as compiler
 
-    result = {"triton": compiler.__version__, "rows": rows}
+    about = report.device_description()  # of the machine that compiled; the code is of others
+    result = {"triton": compiler.__version__, "torch": about["torch"], "date": about["date"], "rows": rows}
     if store:
         files.write_json(RESULTS, result)
     typer.echo(table(rows))

@@ -166,7 +166,8 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         return "Builds: `python -m bench.kernel_builds` writes what belongs here.\n"
     found = files.read_json(path)
     return (
-        f"What the launches that `plan` chooses are compiled to, by Triton {found['triton']} ahead of time; from the "
+        f"What the launches that `plan` chooses are compiled to, by Triton {found['triton']} ahead of time, "
+        f"torch {found['torch']}, {found['date'][:10]}; from the "
         f"smallest to the largest of {len(found['rows'])} builds.\n\n{kernel_builds.table(found['rows'])}"
     )
 
