@@ -360,8 +360,15 @@ def finetune(
     size_ratio: Annotated[
         float | None, typer.Option("--size-ratio", "-s", help="The size to cut from an elastic checkpoint first.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="AdamW's, for the adapters.")] = 2e-4,
-    adapter_rank: Annotated[int, typer.Option(help="Rank of the LoRA adapter beside each low-rank layer.")] = 32,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's: 2e-4 for adapters, 3e-4 for factors if not given.")
+    ] = None,
+    distillation: Annotated[
+        float, typer.Option(help="Weight of the teacher, the checkpoint at its full size, where factors are trained.")
+    ] = 0.5,
+    adapter_rank: Annotated[
+        int, typer.Option(help="Rank of the LoRA adapter beside each low-rank layer, or of the factors' updates.")
+    ] = 32,
     adapter_alpha: Annotated[float, typer.Option(help="Its α: the adapter counts α/rank.")] = 16.0,
     adapter_dropout: Annotated[float, typer.Option(help="Dropout on its input.")] = 0.05,
     adapters: Annotated[
@@ -378,28 +385,40 @@ def finetune(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ):
-    """Tune a compressed model at the size that it has: adapters are trained, and merged into its factors.
+    """Tune a compressed model at one size.
 
-    Example: `acip finetune smol-60 --data wikitext2 --steps 200 -o smol-60-tuned`
+    Cut from an elastic checkpoint without adapters (the default recipe's), the factors of that size are trained
+    themselves, with the checkpoint at its full size as teacher. Of any other model, adapters are trained, and merged
+    into its factors.
+
+    Example: `acip finetune smol-elastic -s 0.6 --data wikitext2 --steps 200 -o smol-60-tuned`
     """
     import acip_kernels
 
+    from . import CompressionResult, files, save
     from . import data as texts
-    from . import files, save
     from .compress import materialize as cut
-    from .models.saving import checkpoint_dtype
+    from .compress.finetune import has_adapters
+    from .models.saving import checkpoint_dtype, stored_config
 
     if adapters not in ("merge", "truncate"):
         raise ValueError(f"--adapters must be merge or truncate, got {adapters!r}")
-    loaded, tokenizer = _load(str(model), device, "auto", size_ratio)
-    if any(hasattr(module, "set_live") for module in loaded.modules()):
+    loaded, tokenizer = _load(str(model), device, "auto")
+    elastic = any(hasattr(module, "set_live") for module in loaded.modules())
+    factors = elastic and size_ratio is not None and not has_adapters(loaded)
+    if size_ratio is not None and not factors:
+        loaded, tokenizer = _load(str(model), device, "auto", size_ratio)
+    elif elastic and not factors:
         raise ValueError(f"{model} is an elastic checkpoint, of every size: say which with --size-ratio")
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=seed)
     options = {"adapter_rank": adapter_rank, "adapter_alpha": adapter_alpha, "adapter_dropout": adapter_dropout}
     options |= {"learning_rate": learning_rate, "gradient_accumulation": gradient_accumulation, "seed": seed}
+    if factors:
+        loaded = CompressionResult(loaded, stored_config(model))
+        options |= {"size_ratio": size_ratio, "distillation": distillation}
     result = acip_kernels.finetune(loaded, batches, steps, **options, progress=not as_json)
-    tuned = cut(result, 1.0, adapters=adapters, dtype=checkpoint_dtype(str(model)))
+    tuned = cut(result, size_ratio if factors else 1.0, adapters=adapters, dtype=checkpoint_dtype(str(model)))
     about = files.read_json(model / "config.json").get("quantization_config", {})
     save(tuned, output, tokenizer=tokenizer, base_model=about.get("base_model"), overwrite=overwrite)
     losses = [row["loss"] for row in result.history]

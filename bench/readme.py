@@ -20,6 +20,7 @@ from . import (
     generate,
     kernel_builds,
     quality,
+    quality_bits,
     quality_search,
     quality_tasks,
     training_parts,
@@ -193,6 +194,15 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
         parts.append(quality_tasks.table(found))
         parts.append("And in words, greedily:\n")
         parts.append(quality_tasks.samples(found))
+    bits = results.parent / quality_bits.RESULTS.name
+    if bits.exists():
+        found = files.read_json(bits)
+        parts.append(
+            f"Rank or bits: perplexity and megabytes of the whole file (its embeddings stay in {found['device']['dtype']}),"
+            f" {found['windows']} windows of the Wikipedia text. In bold what no other file beats in both. `importance` at"
+            " size 1 is the dense model:\n"
+        )
+        parts.append(quality_bits.table(found))
     trials = files.read_json(results.parent / "quality_trials.json")
     device = trials["device"]
     parts.append(

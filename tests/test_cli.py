@@ -136,6 +136,21 @@ def test_finetune_trains_and_merges(base, tmp_path, adapters):
         acip("finetune", elastic, "-d", folder / "text.txt", "-o", tmp_path / "none", *options)
 
 
+def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_path):
+    folder, _ = base
+    data = ("-d", folder / "text.txt", *BATCHES)
+    options = ("--method", "importance", "--calibration-batches", 2)
+    elastic = folder / as_json("compress", folder / "toy", "-o", tmp_path / "run", *options, *data)["elastic"]
+    small = as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "small")
+    options = ("--steps", 12, "--learning-rate", 1e-2, "--adapter-rank", 4)
+    tuned = as_json("finetune", elastic, "-s", 0.5, "-o", tmp_path / "tuned", *options, *data)
+    first, last = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "tuned"))
+    assert not torch.equal(first(toys.token_ids()).logits, last(toys.token_ids()).logits)
+    assert tuned["parameters"] == small["parameters"] and tuned["file_bytes"] == small["file_bytes"]
+    with pytest.raises(ValueError, match="say which with --size-ratio"):
+        acip("finetune", elastic, "-o", tmp_path / "none", *data)
+
+
 def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_path):
     folder, _ = base
     AutoModelForCausalLM.from_pretrained(folder / "toy", dtype=torch.bfloat16).save_pretrained(tmp_path / "half")

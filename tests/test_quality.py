@@ -2,7 +2,7 @@
 
 import pathlib
 
-from bench import quality
+from bench import quality, quality_bits
 
 SETTING = {"training_tokens": 61440}
 
@@ -36,3 +36,20 @@ def test_results_are_read_in_order(tmp_path: pathlib.Path):
     for name in ("svd-0", "nested-1", "nested-0"):
         (tmp_path / f"{name}.json").write_text(f'{{"method": "{name}"}}')
     assert [one["method"] for one in quality.read_results(tmp_path)] == ["nested-0", "nested-1", "svd-0"]
+
+
+def test_the_frontier_is_what_no_other_model_beats_in_bytes_and_perplexity():
+    def row(size, weights, file_bytes, perplexity):
+        return {
+            "method": "nested",
+            "size_ratio": size,
+            "weights": weights,
+            "file_bytes": file_bytes,
+            "perplexity": perplexity,
+        }
+
+    rows = [row(1.0, "bfloat16", 200e6, 16.0), row(1.0, "int4", 90e6, 18.0), row(0.5, "bfloat16", 110e6, 30.0)]
+    rows.append(row(0.5, "int4", 80e6, 33.0))
+    assert quality_bits.frontier(rows) == [rows[3], rows[1], rows[0]]
+    lines = quality_bits.table({"rows": rows}).splitlines()
+    assert "**18.0 (90 MB)**" in lines[2] and "| 30.0 (110 MB) |" in lines[3] and "–" in lines[2]

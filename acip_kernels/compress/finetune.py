@@ -1,4 +1,4 @@
-"""Train adapters at one size, by the same step as a run's."""
+"""Train at one size, by the same steps as a run's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import nn
 
 from ..nn import LowRankLinear, PivotLinear, SVDLinear
 from ..nn.quantized_linear import QuantizedLinear
-from .config import CompressionConfig
+from .config import DTYPES, CompressionConfig
+from .factorize import svd_layers
+from .nested import NestedConfig
 from .progress import RunProgress
 from .result import CompressionResult
+from .run import compress
+from .sizing import FORMS
 from .step import TrainingStep, endless
 
 
@@ -21,7 +25,9 @@ def finetune(
     batches: Iterable[dict],
     steps: int,
     *,
-    learning_rate: float = 2e-4,
+    size_ratio: float | None = None,
+    learning_rate: float | None = None,
+    distillation: float = 0.5,
     adapter_rank: int = 32,
     adapter_alpha: float = 16.0,
     adapter_dropout: float = 0.05,
@@ -29,28 +35,58 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
 ) -> CompressionResult:
-    """Train LoRA adapters of a model at the size that it has; everything else is frozen.
+    """Train a model at one size. It is changed in place.
+
+    Given `size_ratio` and a `CompressionResult` without adapters (of a nested run or of a ranking), the factors that
+    this size has are trained themselves, by updates of rank `adapter_rank` that become a part of them, and taught by
+    the result at its full size; afterwards `materialize(result, size_ratio)` is the tuned model, of as many bytes as
+    before. Other sizes of the result have changed with it, unmeasured: keep the checkpoint that it came from.
+
+    Without a `size_ratio`, LoRA adapters are trained, and everything else is frozen.
 
     Args:
-        model: a materialized model, whose every low-rank layer gets a new adapter (layers that it stores dense have
-            none); or a `CompressionResult`, or its model, after `at(size_ratio)`, whose own adapters are trained. It is
-            changed in place.
+        model: a `CompressionResult` and a `size_ratio`, as above; or a materialized model, whose every low-rank layer
+            gets a new adapter (layers that it stores dense have none); or a `CompressionResult`, or its model, after
+            `at(size_ratio)`, whose own adapters are trained.
         batches: as for `compress`. steps: optimizer steps, of `gradient_accumulation` batches each.
-        learning_rate: AdamW's, without weight decay; the reference implementation's default.
-        adapter_rank, adapter_alpha, adapter_dropout: of new adapters. seed: of their start and of dropout.
+        learning_rate: AdamW's, without weight decay; None for the reference implementation's default of 2e-4 for
+            adapters, and 3e-4 at its highest for factors.
+        distillation: the teacher's weight in the loss of factors, see `NestedConfig`.
+        adapter_rank: of new adapters, or of updates. adapter_alpha, adapter_dropout: of new adapters.
+        seed: of the start of what is trained, and of dropout.
 
     Returns:
         A `CompressionResult`: `materialize(result, size_ratio=1.0)` merges the adapters of a materialized model.
 
     Raises:
-        ValueError: a model without low-rank layers, or with quantized ones; batches that are used up and cannot be
-            started again.
+        ValueError: a model without low-rank layers, or with quantized ones; a `size_ratio` for what has one size or has
+            adapters; batches that are used up and cannot be started again.
         FloatingPointError: a loss or gradient that is not finite; the parameters are those before that step.
     """
-    size_ratio = model.size_ratio if isinstance(model, CompressionResult) else 1.0
-    model = model.model if isinstance(model, CompressionResult) else model
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps must be an int of at least 1, got {steps!r}")
+    if size_ratio is not None:
+        if not isinstance(model, CompressionResult) or has_adapters(model.model):
+            raise ValueError(
+                "size_ratio is for a CompressionResult without adapters; of others give the model at that size: "
+                "result.at(size_ratio), or materialize(result, size_ratio)"
+            )
+        config = NestedConfig(
+            steps=steps,
+            smallest_ratio=size_ratio,
+            largest_ratio=size_ratio,
+            learning_rate=3e-4 if learning_rate is None else learning_rate,
+            distillation=distillation,
+            update_rank=adapter_rank,
+            gradient_accumulation=gradient_accumulation,
+            seed=seed,
+            dtype=_dtype_name(model.model),
+            forms=FORMS if model.config is None else model.config.forms,
+        )
+        return compress(model.model, batches, config, progress=progress)
+    learning_rate = 2e-4 if learning_rate is None else learning_rate
+    size_ratio = model.size_ratio if isinstance(model, CompressionResult) else 1.0
+    model = model.model if isinstance(model, CompressionResult) else model
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model's weights are quantized: finetune it before that, and quantize what comes of it")
     device = next(model.parameters()).device
@@ -78,6 +114,16 @@ def finetune(
                 advance(number + 1, steps)
     step.finish()
     return CompressionResult(model, None, history, size_ratio)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether layers of a factorized model have adapters beside their factors."""
+    return any(layer.adapter_rank for layer in svd_layers(model).values())
+
+
+def _dtype_name(model: nn.Module) -> str:
+    of = next(iter(svd_layers(model).values())).U.dtype
+    return next(name for name, dtype in DTYPES.items() if dtype == of)
 
 
 def _put_adapters(model: nn.Module, rank: int, alpha: float, dropout: float) -> None:

@@ -228,6 +228,7 @@ class NestedTraining:
 
     def __init__(self, model: nn.Module, sizing: Sizing, config: NestedConfig):
         self.model, self.sizing = model, sizing
+        self.one_size = config.smallest_ratio == config.largest_ratio
         self.svd = svd_layers(model)
         self.device = next(iter(self.svd.values())).U.device
         for parameter in model.parameters():
@@ -288,11 +289,12 @@ class NestedTraining:
         """The ranks of the model of size `ratio`, each to the nearest multiple that products like, and at least that.
 
         Any ranks train the same factors, and those of a size drawn at random need not be exact; but every new shape of
-        a product may cost a compilation, a fifth of a step in bfloat16 on a CPU.
+        a product may cost a compilation, a fifth of a step in bfloat16 on a CPU. Where all steps have one size, its own
+        ranks are taken.
         """
         ranks = self.sizing.ranks_at(self.removal, ratio).tolist()
         for layer, rank in zip(self.layers.values(), ranks, strict=True):
-            multiple = rank_multiple(layer.dtype)
+            multiple = 1 if self.one_size else rank_multiple(layer.dtype)
             layer.rank = min(layer.full_rank, max(1, round(rank / multiple)) * multiple)
 
     def __call__(self, batches: list[dict], ratios: list[float], rate: float) -> tuple[float, float]:

@@ -182,14 +182,20 @@ def load_result(path: str | os.PathLike, **options) -> CompressionResult:
     if not any(hasattr(module, "set_live") for module in model.modules()):
         raise ValueError(f"{path} is not an elastic checkpoint")
     fields = files.read_json(pathlib.Path(path) / "config.json")["quantization_config"]
-    config = fields.get("compression")
     history = pathlib.Path(path) / "history.jsonl"
     return CompressionResult(
         model,
-        None if config is None else config_from_dict(config),
+        stored_config(path),
         read_history(history) if history.exists() else [],
         fields.get("final_size_ratio", 1.0),
     )
+
+
+def stored_config(path: str | os.PathLike) -> CompressionConfig | RankingConfig | None:
+    """What the elastic checkpoint `path` was made with, or None if it does not say."""
+    fields = files.read_json(pathlib.Path(path) / "config.json")["quantization_config"]
+    config = fields.get("compression")
+    return None if config is None else config_from_dict(config)
 
 
 def config_from_dict(fields: dict) -> CompressionConfig | RankingConfig:

@@ -1,0 +1,112 @@
+"""Rank or bits: `python -m bench.quality_bits`, after `bench.quality --method nested` and `--method importance`.
+
+Perplexity on the held-out articles at every size of the one elastic checkpoint, with its weights in bfloat16, int8 and
+int4, against the bytes of the whole file. `importance` at size 1 is the dense model, decomposed and put together again:
+its quantized rows are plain weight-only quantization of the dense model, which a mix of both has to beat.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from acip_kernels import data as texts
+from acip_kernels import evaluate, files, materialize, report
+from acip_kernels.compress.config import compute_dtype
+from acip_kernels.compress.result import CompressionResult
+
+from .quality import CONTEXT, HELD_OUT, ROOT
+from .training_step import markdown
+
+RESULTS = ROOT / "bench" / "results" / "quality_bits.json"
+# Of which checkpoint, at which sizes.
+MODELS = {"importance": (1.0,), "nested": (1.0, 0.8, 0.6, 0.5, 0.4)}
+# What weights become: a name, and `materialize`'s options.
+WEIGHTS = {
+    "bfloat16": {},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+    "int4, to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
+}
+
+console = Console(stderr=True)
+
+
+def frontier(rows: list[dict]) -> list[dict]:
+    """The rows that no other one beats in both bytes and perplexity, by their bytes."""
+    best = []
+    for row in sorted(rows, key=lambda row: (row["file_bytes"], row["perplexity"])):
+        if not best or row["perplexity"] < best[-1]["perplexity"]:
+            best.append(row)
+    return best
+
+
+def table(result: dict) -> str:
+    """Markdown: a row a checkpoint and size, a column a way to store weights, what is on the frontier in bold."""
+    rows = {(row["method"], row["size_ratio"], row["weights"]): row for row in result["rows"]}
+    best = {id(row) for row in frontier(result["rows"])}
+    lines = []
+    for method, size in dict.fromkeys(key[:2] for key in rows):
+        cells = []
+        for weights in WEIGHTS:
+            row = rows.get((method, size, weights))
+            text = "–" if row is None else f"{row['perplexity']:.1f} ({row['file_bytes'] / 1e6:.0f} MB)"
+            cells.append(f"**{text}**" if row is not None and id(row) in best else text)
+        lines.append([method, f"{size:g}", *cells])
+    return markdown(["checkpoint", "size", *WEIGHTS], lines, left=2)
+
+
+def main(
+    work: Annotated[pathlib.Path, typer.Option(help="Where `bench.quality` keeps elastic checkpoints.")] = ROOT
+    / "runs"
+    / "quality",
+    windows: Annotated[int, typer.Option(help="Windows of the perplexity, spread over the text.")] = 64,
+    results: Annotated[pathlib.Path, typer.Option(help="Where the results are written.")] = RESULTS,
+):
+    """Perplexity and bytes of every size and way to store weights; an interrupted call goes on where it was."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(texts.demo_model(log=console.print)))
+    tokens = texts.tokenize(tokenizer, texts.demo_texts(log=console.print)[-HELD_OUT:])
+    dtype = compute_dtype("auto", torch.device("cpu"))
+    device = report.device_description() | {"dtype": str(dtype).removeprefix("torch.")}
+    result = {"device": device, "windows": windows, "context": CONTEXT, "rows": []}
+    if results.exists():
+        stored = files.read_json(results)
+        if stored["windows"] != windows:
+            raise ValueError(f"{results} was measured on {stored['windows']} windows: remove it to measure anew")
+        result["rows"] = stored["rows"]
+    done = {(row["method"], row["size_ratio"], row["weights"]) for row in result["rows"]}
+    for method, sizes in MODELS.items():
+        compressed = None
+        for size in sizes:
+            for weights, options in WEIGHTS.items():
+                if (method, size, weights) in done:
+                    continue
+                if compressed is None:
+                    compressed = CompressionResult.load(work / f"{method}-0" / "elastic")
+                model = materialize(compressed, size, dtype=dtype, **options).eval()
+                row = {
+                    "method": method,
+                    "size_ratio": size,
+                    "weights": weights,
+                    "file_bytes": sum(t.numel() * t.element_size() for t in _stored(model)),
+                    "perplexity": evaluate.perplexity(model, tokens, context=CONTEXT, max_windows=windows).value,
+                }
+                result["rows"].append(row)
+                files.write_json(results, result)
+                console.print(row)
+    typer.echo(table(result))
+
+
+def _stored(model):
+    """The tensors that a file of the model has, each once, though a head may be the embedding's."""
+    return {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
+
+
+if __name__ == "__main__":
+    typer.run(main)
