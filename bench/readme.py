@@ -198,9 +198,9 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
     if bits.exists():
         found = files.read_json(bits)
         parts.append(
-            f"Rank or bits: perplexity and megabytes of the whole file (its embeddings stay in {found['device']['dtype']}),"
-            f" {found['windows']} windows of the Wikipedia text. In bold what no other file beats in both. `importance` at"
-            " size 1 is the dense model:\n"
+            "Rank or bits: perplexity and megabytes of the whole file, of which embeddings stay in "
+            f"{found['device']['dtype']}; {found['windows']} windows of the Wikipedia text. In bold what no other file "
+            "beats in both. `importance` at size 1 is the dense model:\n"
         )
         parts.append(quality_bits.table(found))
     trials = files.read_json(results.parent / "quality_trials.json")

@@ -52,4 +52,4 @@ def test_the_frontier_is_what_no_other_model_beats_in_bytes_and_perplexity():
     rows.append(row(0.5, "int4", 80e6, 33.0))
     assert quality_bits.frontier(rows) == [rows[3], rows[1], rows[0]]
     lines = quality_bits.table({"rows": rows}).splitlines()
-    assert "**18.0 (90 MB)**" in lines[2] and "| 30.0 (110 MB) |" in lines[3] and "–" in lines[2]
+    assert "**18.0 (90 MB)**" in lines[2] and "  30.0 (110 MB) |" in lines[3] and "–" in lines[2]
