@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import dropout
 from ..common import add_product, product
-from .problem import Adapter, Gradients
+from .problem import Adapter, Gradients, after_ranks
 
 
 def _scales(S: Tensor, mask: Tensor, adapter: Adapter | None) -> Tensor:
@@ -66,20 +66,7 @@ def backward(
         product(g, U, out=h[:, r:])
         product(g, B, out=h[:, :r])
     sums = torch.ops.acip.mask_gradient_(z, h, _scales(S, mask, adapter))
-    dx = dA = dB = None
-    if adapter is not None:
-        dropped = dropout.drop(x, adapter.dropout, adapter.seed) if adapter.dropout else x
-        dA = product(h[:, :r].t(), dropped)
-        dB = product(g.t(), z[:, :r]).mul_(adapter.scaling)
-    if need_x:
-        if adapter is None or (adapter.joined and not adapter.dropout):
-            dx = product(h, Vh)
-        else:
-            A, Vh = adapter.inner(Vh)
-            dx = product(h[:, r:], Vh)
-            if adapter.dropout:
-                dropout.add_dropped(dx, product(h[:, :r], A), adapter.dropout, adapter.seed)
-            else:
-                add_product(dx, h[:, :r], A)
+    apart = adapter is not None and not adapter.joined
+    dx, dA, dB = after_ranks(g, x, z, h[:, r:] if apart else h, Vh, adapter, need_x, h[:, :r])
     # The kernel's sum is zero where the scale is; a live singular value of zero has no gradient either.
     return dx, sums[r:].mul(S).div_(mask_scale).masked_fill_(mask <= 0, 0), dA, dB

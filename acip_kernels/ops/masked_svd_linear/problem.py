@@ -1,10 +1,13 @@
-"""The adapter beside a masked SVD product."""
+"""The adapter beside a masked SVD product, and what all backends do with it alike."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from torch import Tensor
+
+from .. import dropout
+from ..common import add_product, product
 
 # For x, mask, A and B; None where there is none.
 Gradients = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
@@ -36,3 +39,38 @@ class Adapter:
     def outer(self, U: Tensor) -> tuple[Tensor, Tensor]:
         """`(B, U)`, both `[out, ...]` in the factors' dtype, however they are stored."""
         return (U[:, : self.rank], U[:, self.rank :]) if self.joined else (self.B.to(U.dtype), U)
+
+
+def after_ranks(
+    g: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    hs: Tensor | None,
+    Vh: Tensor,
+    adapter: Adapter | None,
+    need_x: bool,
+    ha=None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`(∂x, ∂A, ∂B)`, once `h ⊙ s` is known: what the native and the Triton backend leave to torch's products.
+
+    `hs` is of the columns of `Vh`, a joined adapter's among them; `ha [tokens, r]` of the adapter's, where it is apart.
+    """
+    if adapter is None:
+        return (product(hs, Vh) if need_x else None), None, None
+    r = adapter.rank
+    if adapter.joined:
+        ha = hs[:, :r]
+    dropped = dropout.drop(x, adapter.dropout, adapter.seed) if adapter.dropout else x
+    dA = product(ha.t(), dropped)
+    dB = product(g.t(), z[:, :r]).mul_(adapter.scaling)
+    if not need_x:
+        return None, dA, dB
+    if adapter.joined and not adapter.dropout:
+        return product(hs, Vh), dA, dB
+    A, Vh = adapter.inner(Vh)
+    dx = product(hs[:, r:] if adapter.joined else hs, Vh)
+    if adapter.dropout:
+        dropout.add_dropped(dx, product(ha, A), adapter.dropout, adapter.seed)
+    else:
+        add_product(dx, ha, A)
+    return dx, dA, dB

@@ -24,10 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...plan import Device, device_of
-from .. import dropout
 from ..common import add_product, product
 from . import native
-from .problem import Adapter, Gradients
+from .problem import Adapter, Gradients, after_ranks
 
 products = native.products  # torch's products on either device
 
@@ -450,29 +449,14 @@ def backward(
     need_x: bool = True,
 ) -> Gradients:
     """As the reference."""
+    ha = None
     if adapter is None:
         hs, dmask = backward_product(g, U, z, S, mask, mask_scale, need_hs=need_x)
-        return (product(hs, Vh) if need_x else None), dmask, None, None
-
-    r, scaling = adapter.rank, adapter.scaling
-    dropped = dropout.drop(x, adapter.dropout, adapter.seed) if adapter.dropout else x
-    if adapter.joined:
-        hs, dmask = backward_product(g, U, z, S, mask, mask_scale, r, scaling)
-        ha = hs[:, :r]
+    elif adapter.joined:
+        hs, dmask = backward_product(g, U, z, S, mask, mask_scale, adapter.rank, adapter.scaling)
     else:
         B, U = adapter.outer(U)
-        hs, dmask = backward_product(g, U, z[:, r:], S, mask, mask_scale, need_hs=need_x)
-        ha = product(g, B).mul_(scaling)
-    dA = product(ha.t(), dropped)
-    dB = product(g.t(), z[:, :r]).mul_(scaling)
-    if not need_x:
-        return None, dmask, dA, dB
-    if adapter.joined and not adapter.dropout:
-        return product(hs, Vh), dmask, dA, dB
-    A, Vh = adapter.inner(Vh)
-    dx = product(hs[:, r:] if adapter.joined else hs, Vh)
-    if adapter.dropout:
-        dropout.add_dropped(dx, product(ha, A), adapter.dropout, adapter.seed)
-    else:
-        add_product(dx, ha, A)
+        hs, dmask = backward_product(g, U, z[:, adapter.rank :], S, mask, mask_scale, need_hs=need_x)
+        ha = product(g, B).mul_(adapter.scaling)
+    dx, dA, dB = after_ranks(g, x, z, hs, Vh, adapter, need_x, ha)
     return dx, dmask, dA, dB
