@@ -1,5 +1,5 @@
 # make demo: a real model, compressed, measured and drawn.    make test: the whole suite on a CPU.
-# make bench: what a training step costs, against LoRA on the dense model.    make gpu: the same on a GPU.
+# make bench: what a training step costs, against LoRA on the dense model.    make gpu: tests and benchmarks on a GPU.
 #
 #   make demo MODEL=<hub name or directory> DATA=<file, directory or dataset name> ARGS="--minutes 30"
 #   make test ARGS="-k sizing"
@@ -31,7 +31,12 @@ lint: $(VENV)/with-test
 bench: $(VENV)/with-test
 	$(BIN)/python -m bench.training_step $(ARGS)
 
+# Its tests, one shape a kernel under the memory checker where there is one, and what the kernels cost.
 gpu: $(VENV)/with-test
+	$(BIN)/python -m pytest --numprocesses auto
+	$(if $(shell command -v compute-sanitizer),compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest \
+	  tests/test_fused_linear_triton.py tests/test_masked_svd_triton.py -k "siblings or gated or adapters_output",@echo "no compute-sanitizer here")
+	$(BIN)/python -m bench.kernels_gpu
 	$(BIN)/python -m bench.training_step --device cuda --dtype bfloat16 --layer-tokens 4096 $(ARGS)
 
 $(VENV)/with-torch:

@@ -19,6 +19,7 @@ from . import (
     decode_cpu,
     generate,
     kernel_builds,
+    kernels_gpu,
     quality,
     quality_bits,
     quality_search,
@@ -161,16 +162,33 @@ def decoding_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
 
 
 def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
-    """The GPU page's section: what the kernels become."""
+    """The GPU page's section: what the kernels cost, by device, and what they become."""
+    parts = []
+    measured = sorted(results.glob("kernels_gpu-*.json"))
+    for path in measured:
+        found = files.read_json(path)
+        device = found["device"]
+        parts.append(
+            f"### {device['device']}\n\ntorch {device['torch']}, Triton {device['triton']}, {device['date'][:10]}; "
+            f"reads {found['streaming_bytes_per_s'] / 1e12:.2f} TB/s. Medians of {found['rounds']} replays, variants "
+            "in turns, microseconds and × dense.\n"
+        )
+        parts.append(kernels_gpu.targets_table(found["targets"]))
+        for kind in dict.fromkeys(row["kind"] for row in found["rows"]):
+            parts.append(kernels_gpu.table([row for row in found["rows"] if row["kind"] == kind]))
+    if not measured:
+        parts.append("`python -m bench.kernels_gpu`, which `make gpu` runs, measures them against these targets:\n")
+        parts.append(kernels_gpu.targets_table(kernels_gpu.targets([])))
     path = results / kernel_builds.RESULTS.name
-    if not path.exists():
-        return "Builds: `python -m bench.kernel_builds` writes what belongs here.\n"
-    found = files.read_json(path)
-    return (
-        f"What the launches that `plan` chooses are compiled to, by Triton {found['triton']} ahead of time, "
-        f"torch {found['torch']}, {found['date'][:10]}; from the "
-        f"smallest to the largest of {len(found['rows'])} builds.\n\n{kernel_builds.table(found['rows'])}"
-    )
+    if path.exists():
+        found = files.read_json(path)
+        parts.append(
+            f"What the launches that `plan` chooses are compiled to, by Triton {found['triton']} ahead of time, "
+            f"torch {found['torch']}, {found['date'][:10]}; from the "
+            f"smallest to the largest of {len(found['rows'])} builds.\n"
+        )
+        parts.append(kernel_builds.table(found["rows"]))
+    return "\n".join(parts)
 
 
 def measured_on(device: dict) -> str:
