@@ -15,6 +15,7 @@ from .compress import (
     materialize,
 )
 from .compress.finetune import finetune
+from .compress.recalibrate import recalibrate
 from .compress.scores import score_by_singular_values
 from .models.fuse import fuse, unfuse
 from .models.saving import load, save
@@ -42,6 +43,7 @@ __all__ = [
     "lowrank_linear",
     "masked_svd_linear",
     "materialize",
+    "recalibrate",
     "save",
     "score_by_singular_values",
     "unfuse",

@@ -309,10 +309,18 @@ def materialize(
             "--data",
             "-d",
             help="With --quantize: round by what this text makes of the errors, instead of what the factors remember "
-            "of the text that they were made with. See `compress --help`.",
+            "of the text that they were made with. With --recalibrate: fit on it. See `compress --help`.",
         ),
     ] = None,
     column: Column = "text",
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate",
+            help="Fit what stays, layer after layer, to what the whole model makes of --data: for a ranking that was "
+            "not trained. Minutes, no bytes.",
+        ),
+    ] = False,
     calibration_batches: Annotated[int, typer.Option(help="Sequences of the text that are taken.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
     overwrite: Overwrite = False,
@@ -324,12 +332,20 @@ def materialize(
 
     Example: `acip materialize runs/smol/elastic -s 0.6 --quantize int4 --data wikitext2 -o smol-60-int4`
     """
+    import itertools
+
+    import acip_kernels
+
     from . import data as texts
     from . import files, load, save
+    from .compress.progress import RunProgress
     from .compress.sizing import FORMS
+    from .models.saving import load_result
 
-    if data is not None and quantize is None:
-        raise ValueError("--data is for --quantize: without it, nothing depends on a text")
+    if data is not None and quantize is None and not recalibrate:
+        raise ValueError("--data is for --quantize and --recalibrate: without them, nothing depends on a text")
+    if data is None and recalibrate:
+        raise ValueError("--recalibrate fits on a text: give --data")
     source = {"dtype": dtype, "base_model": base_model, "svd_cache": texts.svd_cache(base_model or elastic)}
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
     options["forms"] = tuple(forms) if forms else FORMS
@@ -340,7 +356,16 @@ def materialize(
     else:
         tokens = texts.tokenize(_tokenizer(elastic), texts.read_texts(data, column=column))
         batches = texts.Batches(tokens, batch_size=1, length=length, seed=0)
-        model = _quantized_by(batches, calibration_batches, load(elastic, **source), size_ratio, options, scheme)
+        calibration = list(itertools.islice(batches, calibration_batches))
+        result = load_result(elastic, **source)
+        if recalibrate:
+            cut_by = {name: options[name] for name in ("count", "rank_multiple", "forms")}
+            with RunProgress(enabled=not as_json) as bar, bar.counting("refit", "blocks") as advance:
+                acip_kernels.recalibrate(result, size_ratio, calibration, progress=advance, **cut_by)
+        if quantize is None:
+            model = acip_kernels.materialize(result, size_ratio, **options)
+        else:
+            model = _quantized_by(calibration, result.model, size_ratio, options, scheme)
     about = files.read_json(elastic / "config.json")["quantization_config"]
     base = about.get("base_model") or about.get("base_name")
     save(model, output, tokenizer=_tokenizer(elastic), base_model=base, overwrite=overwrite)
@@ -724,10 +749,8 @@ def _tokenizer(name):
         raise ValueError(f"{name} holds no tokenizer: copy its files there, or name the model that has it") from None
 
 
-def _quantized_by(batches, count: int, factorized, size_ratio: float, options: dict, scheme: dict):
-    """`materialize`, rounding in the metric of the inputs that the model of this size has on the first batches."""
-    import itertools
-
+def _quantized_by(batches: list, factorized, size_ratio: float, options: dict, scheme: dict):
+    """`materialize`, rounding in the metric of the inputs that the model of this size has on `batches`."""
     from . import materialize as cut_at
     from .compress.basis import input_covariances
     from .compress.factorize import svd_layers
@@ -735,7 +758,7 @@ def _quantized_by(batches, count: int, factorized, size_ratio: float, options: d
     names = list(svd_layers(factorized))
     plain = cut_at(factorized, size_ratio, **options)
     with console.status("inputs of every layer …"):
-        covariances = input_covariances(plain, names, itertools.islice(batches, count))
+        covariances = input_covariances(plain, names, batches)
     return cut_at(factorized, size_ratio, covariances=covariances, **options, **scheme).eval()
 
 

@@ -7,13 +7,16 @@ goes on where it was.
 
 Methods: `nested` (the default of `acip compress`); `importance`, its ranking without training; `acip`, the paper's run
 on a schedule of as many tokens; `svd_llm` (uniform), `svd_llm_v2`, `asvd`, `svd`, in two factors as they are published;
-the first two again in pivoted form; `dense_tuned`, the dense model trained on the tokens of `nested`.
+the first two again in pivoted form; `dense_tuned`, the dense model trained on the tokens of `nested`. And what one size
+can still be given: `importance_recalibrated` refits it on the calibration tokens, `nested_tuned` trains it for
+another quarter of the steps.
 Against: each other, at the same stored size (`factorized`: the weights of the factorized layers, everything in them
 counted) and at the same bytes of the file in bfloat16.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import pathlib
@@ -24,7 +27,18 @@ import torch
 import typer
 from rich.console import Console
 
-from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, compress, evaluate, files, materialize, report
+from acip_kernels import (
+    CompressionConfig,
+    NestedConfig,
+    RankingConfig,
+    compress,
+    evaluate,
+    files,
+    finetune,
+    materialize,
+    recalibrate,
+    report,
+)
 from acip_kernels import data as texts
 from acip_kernels.compress.config import compute_dtype
 from acip_kernels.compress.methods import decompose, score
@@ -56,6 +70,21 @@ METHODS = {
         steps=steps, calibration_batches=CALIBRATION_BATCHES, smallest_ratio=1.0, largest_ratio=1.0, seed=seed
     ),
 }
+
+# What is done at one size, for that size alone: to which method's checkpoint, and what.
+AFTERWARDS = {
+    "importance_recalibrated": (
+        "importance",
+        lambda result, size, batches, steps: recalibrate(
+            result, size, itertools.islice(batches, CALIBRATION_BATCHES), forms=result.config.forms
+        ),
+    ),
+    "nested_tuned": (
+        "nested",
+        lambda result, size, batches, steps: finetune(result, batches, steps // 4, size_ratio=size),
+    ),
+}
+METHODS |= {name: METHODS[of] for name, (of, _) in AFTERWARDS.items()}
 
 console = Console(stderr=True)
 
@@ -90,6 +119,8 @@ def run_method(
     calibration = texts.Batches(training, batch_size=1, length=LENGTH, seed=0)
     result = files.read_json(target) if target.exists() else {"method": method, "seed": seed, "rows": []}
     trained = config.max_prune_steps + config.tune_steps if method == "acip" else getattr(config, "steps", 0)
+    if method == "nested_tuned":
+        trained += steps // 4
     setting = {
         "config": config and config.to_dict(),
         "perplexity_on": {name: tokens.numel() for name, tokens in tests.items()},
@@ -114,7 +145,8 @@ def run_method(
     result["device"]["dtype"] = str(dtype).removeprefix("torch.")
     compressed = None
     if config is not None:
-        output, elastic = work / f"{method}-{seed}", work / f"{method}-{seed}" / "elastic"
+        output = work / f"{AFTERWARDS.get(method, (method,))[0]}-{seed}"
+        elastic = output / "elastic"
         if elastic.exists():
             compressed = CompressionResult.load(elastic)
         else:
@@ -130,7 +162,10 @@ def run_method(
             compressed.save(elastic, tokenizer=tokenizer, base_model=source, overwrite=True)
     for size in missing:
         forms = getattr(config, "forms", ("dense", "factors"))
-        model = dense if compressed is None else materialize(compressed, size, forms=forms)
+        of_size = compressed
+        if method in AFTERWARDS:  # a copy: other sizes begin where this one began
+            of_size = AFTERWARDS[method][1](copy.deepcopy(compressed), size, calibration, steps)
+        model = dense if compressed is None else materialize(of_size, size, forms=forms)
         cut = None if compressed is None else compressed.cut(size, forms=forms)
         row = {
             "method": method,

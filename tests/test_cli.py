@@ -142,10 +142,18 @@ def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_
     options = ("--method", "importance", "--calibration-batches", 2)
     elastic = folder / as_json("compress", folder / "toy", "-o", tmp_path / "run", *options, *data)["elastic"]
     small = as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "small")
+    fitting = ("--recalibrate", "-d", folder / "text.txt", "--calibration-batches", 2, "--length", 16)
+    fitted = as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "fitted", *fitting)
+    assert fitted["parameters"] == small["parameters"]
+    as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "fitted-4", *fitting, "--quantize", "int4")
+    with pytest.raises(ValueError, match="--recalibrate fits on a text"):
+        acip("materialize", elastic, "-s", 0.5, "-o", tmp_path / "none", "--recalibrate")
     options = ("--steps", 12, "--learning-rate", 1e-2, "--adapter-rank", 4)
     tuned = as_json("finetune", elastic, "-s", 0.5, "-o", tmp_path / "tuned", *options, *data)
     first, last = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("small", "tuned"))
-    assert not torch.equal(first(toys.token_ids()).logits, last(toys.token_ids()).logits)
+    refitted = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    made = [model(toys.token_ids()).logits for model in (first, last, refitted)]
+    assert not torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
     assert tuned["parameters"] == small["parameters"] and tuned["file_bytes"] == small["file_bytes"]
     with pytest.raises(ValueError, match="say which with --size-ratio"):
         acip("finetune", elastic, "-o", tmp_path / "none", *data)

@@ -25,6 +25,7 @@ def test_the_table_has_the_median_and_the_range_of_the_seeds():
 
 
 def test_every_method_has_a_configuration_that_says_so():
+    assert quality.AFTERWARDS.keys() < quality.METHODS.keys()
     for method, make in quality.METHODS.items():
         config = make(seed=3, steps=40).to_dict()
         if "steps" in config:
