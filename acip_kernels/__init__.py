@@ -17,6 +17,7 @@ from .compress import (
 from .compress.finetune import finetune
 from .compress.recalibrate import recalibrate
 from .compress.scores import score_by_singular_values
+from .models.foreign import import_checkpoint
 from .models.fuse import fuse, unfuse
 from .models.saving import load, save
 from .nn import LowRankLinear, PivotLinear, QuantizedLinear, SVDLinear
@@ -38,6 +39,7 @@ __all__ = [
     "factorize",
     "finetune",
     "fuse",
+    "import_checkpoint",
     "linear_cross_entropy",
     "load",
     "lowrank_linear",

@@ -13,6 +13,7 @@ from .config import FORMS, check_forms
 from .factorize import svd_layers
 
 COUNTS = ("factorized", "stored")
+PAPER = "paper"  # the reference's own count and cut, see `Sizing`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +43,16 @@ class Sizing:
     - `factorized`: the weights of the factorized layers alone, as they are stored;
     - `stored`: every parameter in the file, embeddings, norms and biases too.
 
-    Both count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio as without
+    A third, `paper`, is the reference's, for who wants its ranks: the factorized layers with their biases, in two
+    factors or dense, without adapters, whatever is stored. Its cut is the reference's too, see `cut`.
+
+    The two count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio as without
     one, but each layer takes the form of the fewest bytes as it is quantized, and `bytes` and `elements` count codes,
     scales and zeros.
 
     Fields: `names` of the layers; `out`, `in_`, `full_rank`, `adapter_rank`, int64 `[layers]`, in that order;
-    `rest`, the parameters of everything else in the file; `rank_multiple`; `forms`; `scheme`, how the layers' weights
-    are quantized, or None.
+    `rest`, the parameters of everything else in the file, with the `biases` of the layers; `rank_multiple`; `forms`;
+    `scheme`, how the layers' weights are quantized, or None.
     """
 
     names: tuple[str, ...]
@@ -60,6 +64,7 @@ class Sizing:
     rank_multiple: int = 1
     forms: tuple[str, ...] = FORMS
     scheme: Scheme | None = None
+    biases: int = 0
 
     @classmethod
     def of(
@@ -94,6 +99,7 @@ class Sizing:
             rank_multiple,
             check_forms(forms),
             scheme,
+            biases,
         )
 
     @property
@@ -164,7 +170,8 @@ class Sizing:
 
     def ratio(self, ranks: Tensor, count: str = "factorized") -> float:
         """The size ratio at live `ranks` [layers]."""
-        total = int(self.parameters(ranks.cpu()).sum())
+        sizes = self._paper_sizes(ranks.cpu()) if count == PAPER else self.parameters(ranks.cpu())
+        total = int(sizes.sum())
         return (total + self._others(count)) / (int(self.dense.sum()) + self._others(count))
 
     def ratios(self, ranks: Tensor) -> dict[str, float]:
@@ -182,11 +189,18 @@ class Sizing:
         the target. Equal scores are ordered by their place in their own layer, the last (smallest) first, then
         by layer, so that the choice is the same in any order of storage.
 
+        count: "paper" cuts as the reference does, to give its ranks: what is pruned are all scores up to the k-th
+            smallest, equal ones included, for the largest k whose ratio is still *above* the target (1 is left whole).
+            So it ends above the target, by the one entry, or run of equal scores, that would cross it.
+
         Raises `ValueError` for a target outside (0, 1] or below `smallest`, and for scores of a wrong shape or
         that are NaN.
         """
         removal = self.removal(scores)
-        pruned = self._pruned(removal, size_ratio, count)
+        if count == PAPER:
+            pruned = self._pruned_in_paper(removal, self._flatten(scores)[0], size_ratio)
+        else:
+            pruned = self._pruned(removal, size_ratio, count)
         live = torch.ones(len(removal.order), dtype=torch.bool)
         live[removal.order[:pruned]] = False
         ranks = torch.stack([part.sum() for part in live.split(self.full_rank.tolist())])
@@ -240,10 +254,31 @@ class Sizing:
             )
         return int(torch.searchsorted(removal.saved, excess)) + 1
 
+    def _pruned_in_paper(self, removal: Removal, scores: Tensor, size_ratio: float) -> int:
+        """How many entries go for `size_ratio` by the reference's rule; see `cut`."""
+        check_size_ratio(size_ratio)
+        whole = int(self.dense.sum()) + self.biases
+        total = int(self._paper_sizes(self.full_rank).sum()) + self.biases
+        if size_ratio == 1 or total / whole <= size_ratio:
+            return 0
+        left_before = removal.places[removal.order] + 1
+        saved = self._paper_sizes(left_before, removal.layer) - self._paper_sizes(left_before - 1, removal.layer)
+        falling = scores[removal.order]
+        # The k smallest are pruned together with all that equal the k-th: the ends of runs of equal scores.
+        ends = torch.cat([(falling[1:] > falling[:-1]).nonzero()[:, 0] + 1, torch.tensor([len(falling)])])
+        above = (total - saved.cumsum(0)[ends - 1]).double() / whole > size_ratio
+        # Not even the first k need be above the target: the reference takes it all the same.
+        return int(ends[max(int(above.sum()) - 1, 0)])
+
+    def _paper_sizes(self, ranks: Tensor, layers: Tensor | slice = slice(None)) -> Tensor:
+        """Weights of each layer at live `ranks` as the reference counts them."""
+        return torch.minimum(ranks * (self.out + self.in_)[layers], self.dense[layers])
+
     def _others(self, count: str) -> int:
-        if count not in COUNTS:
-            raise ValueError(f"count must be one of {', '.join(COUNTS)}, got {count!r}")
-        return self.rest if count == "stored" else 0
+        others = {"factorized": 0, "stored": self.rest, PAPER: self.biases}
+        if count not in others:
+            raise ValueError(f"count must be one of {', '.join(others)}, got {count!r}")
+        return others[count]
 
     def _flatten(self, scores: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         for name, k in zip(self.names, self.full_rank.tolist(), strict=True):

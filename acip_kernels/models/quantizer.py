@@ -26,8 +26,9 @@ from .targets import linear_layers, weight_of
 
 log = logging.getLogger("acip_kernels")
 
-# 2: with the pivoted form; 3: with quantized weights. A file is of the lowest version that knows what it has.
-FORMAT_VERSION = 3
+# 2: with the pivoted form; 3: with quantized weights; 4: with elastic layers that never had all ranks. A file is of the
+# lowest version that knows what it has.
+FORMAT_VERSION = 4
 
 LAYER_OPTIONS = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
 
@@ -41,7 +42,8 @@ class AcipConfig(QuantizationConfigMixin):
     quantized: `{"bits", "group", "symmetric", "dense"}` if the weights of all these are quantized, and those of the
         layers named in "dense", which are `QuantizedLinear`s; see `ops.quantize`.
     size_ratio, count: the target that the model was cut for; factorized, stored: what it came to, in either count.
-    layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`. Other fields are kept.
+    layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`, with its `full_rank` where that is less
+        than the weight's. Other fields are kept.
     """
 
     def __init__(
@@ -77,7 +79,8 @@ class AcipConfig(QuantizationConfigMixin):
             raise ValueError(f"quantization_config: pivoted must be a list of names in ranks, got {pivoted!r}")
         self.pivoted = list(pivoted)
         self.quantized = _checked_quantized(quantized, self.ranks)
-        self.format_version = 3 if self.quantized else 2
+        short = any("full_rank" in options for options in self.layers.values())
+        self.format_version = 4 if short else 3 if self.quantized else 2
         for key, value in fields.items():
             setattr(self, key, value)
 
@@ -115,6 +118,8 @@ def _check_layer_options(name: str, options) -> None:
             fits = value in ("Linear", "Conv1D")
         elif key == "adapter_rank":
             fits = type(value) is int and value >= 0
+        elif key == "full_rank":
+            fits = type(value) is int and value >= 1
         else:
             fits = key in LAYER_OPTIONS and type(value) in (int, float) and math.isfinite(value)
         if not fits:
@@ -211,14 +216,20 @@ def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     """Replace linear layers by empty `SVDLinear`s on the same device, to load a state into."""
     for name, layer in layers_to_replace(model, layers).items():
         out_features, in_features = weight_of(layer).shape
-        k = min(in_features, out_features)
+        options = dict(layers[name])
+        k = options.pop("full_rank", min(in_features, out_features))
+        if k > min(in_features, out_features):
+            raise ValueError(
+                f"quantization_config: layers[{name!r}]: full_rank is {k}, but the layer is "
+                f"[{out_features}, {in_features}]"
+            )
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         new = SVDLinear(
             torch.empty(out_features, k, **like),
             torch.empty(k, **like),
             torch.empty(k, in_features, **like),
             None if layer.bias is None else torch.empty(out_features, **like),
-            **layers[name],
+            **options,
         )
         model.set_submodule(name, new)
 
@@ -234,7 +245,8 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 def svd_layer_options(layer: SVDLinear) -> dict:
     """What `put_svd_layers` needs to make `layer` again, apart from its tensors; JSON."""
-    return {name: getattr(layer, name) for name in LAYER_OPTIONS}
+    short = {"full_rank": layer.full_rank} if layer.full_rank < min(layer.out_features, layer.in_features) else {}
+    return {name: getattr(layer, name) for name in LAYER_OPTIONS} | short
 
 
 def attach_factorized(model: PreTrainedModel) -> None:

@@ -110,16 +110,17 @@ def load(
     quantize_rounding: str = "feedback",
     fuse: bool = False,
 ) -> nn.Module:
-    """A model from a directory that this package wrote, in evaluation mode.
+    """A model from a directory that this package wrote, in evaluation mode; or from a published ACIP checkpoint.
 
     Args:
-        path: an elastic or a materialized checkpoint, or any other transformers directory.
-        size_ratio: of an elastic checkpoint, the size to load, in (0, 1]: an ordinary model, as `materialize` makes
+        path: an elastic or a materialized checkpoint, a published one (see `import_checkpoint`), or any other
+            transformers directory.
+        size_ratio: of an elastic or published checkpoint, the size to load, in (0, 1]: an ordinary model, as `materialize` makes
             it, of which only the ranks that stay are read. None: the factorized model itself, with `SVDLinear`
             layers, which `materialize` cuts. A materialized checkpoint has one size, and takes None alone.
         count, adapters, rank_multiple, forms: as for `materialize`.
-        base_model, svd_cache: for a compact elastic checkpoint, where the base model is now, and a directory that
-            keeps its decompositions.
+        base_model, svd_cache: for a compact elastic checkpoint, or a published one, where the base model is now, and a
+            directory that keeps its decompositions.
         dtype, device_map: as for `from_pretrained`.
         quantize, quantize_group, quantize_symmetric, quantize_rounding: with a size_ratio, as for `materialize`. A
             materialized checkpoint loads as it is, quantized or not.
@@ -130,14 +131,21 @@ def load(
             that do not fit.
     """
     path = pathlib.Path(path)
+    cutting = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple, "forms": forms}
+    rounding = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
+    rounding["quantize_rounding"] = quantize_rounding
+    if _is_published(path):
+        from .foreign import import_checkpoint
+
+        source = {"base_model": base_model, "dtype": dtype, "device_map": device_map, "svd_cache": svd_cache}
+        return _cut(import_checkpoint(path, **source).model, size_ratio, fuse, cutting | rounding)
     config = _config(path)
     fields = _acip_fields(config)
     acip = quantizer.AcipConfig(**fields) if fields else None
     if acip is not None and acip.kind == "factorized":
         raise ValueError(f"{path / 'config.json'}: kind is 'factorized'; a file is materialized or elastic")
     scheme = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
-    if scheme is not None and size_ratio is None:
-        raise ValueError("quantize: weights are quantized as a size is cut from an elastic checkpoint; give size_ratio")
+    _check_cut(size_ratio, False, quantize)
     if acip is None or acip.kind != "elastic":
         if size_ratio is not None:
             about = f" at {fields['size_ratio']}" if "size_ratio" in fields else ""
@@ -148,22 +156,17 @@ def load(
         if acip is not None:
             _check_materialized(path, config, acip)
         return _fused_if(fuse, _from_pretrained(path, config, dtype=dtype, device_map=device_map))
-    if fuse and size_ratio is None:
-        raise ValueError("fuse: a factorized model, of every size, is not deployed; give size_ratio")
-    options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple, "forms": forms}
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
-        if size_ratio is None:
-            return model
-        options |= {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
-        return _fused_if(fuse, materialize(model, size_ratio, **options, quantize_rounding=quantize_rounding))
+        return _cut(model, size_ratio, fuse, cutting | rounding)
+    _check_cut(size_ratio, fuse)
     with _Elastic(path, acip) as elastic:
         elastic.check_model(config)
         if size_ratio is None:
             state = {f"{name}.{key}": tensor for name in acip.layers for key, tensor in elastic.layer(name).items()}
             config.quantization_config = _factorized(acip).to_dict()
         else:
-            cut = elastic.cut(size_ratio, scheme=scheme, **options)
+            cut = elastic.cut(size_ratio, scheme=scheme, **cutting)
             state = elastic.materialized(cut, quantize_rounding)
             quantizer.describe(config, *_ranks(state), size_ratio=size_ratio, count=count, cut=cut)
         state |= elastic.rest()
@@ -172,12 +175,35 @@ def load(
     return _fused_if(fuse, model)
 
 
+def _cut(model: nn.Module, size_ratio: float | None, fuse: bool, options: dict) -> nn.Module:
+    """A factorized model itself, or the size that is asked for."""
+    _check_cut(size_ratio, fuse, options["quantize"])
+    return model if size_ratio is None else _fused_if(fuse, materialize(model, size_ratio, **options))
+
+
+def _check_cut(size_ratio: float | None, fuse: bool, quantize: str | None = None) -> None:
+    if quantize is not None and size_ratio is None:
+        raise ValueError("quantize: weights are quantized as a size is cut from an elastic checkpoint; give size_ratio")
+    if fuse and size_ratio is None:
+        raise ValueError("fuse: a factorized model, of every size, is not deployed; give size_ratio")
+
+
 def _fused_if(wanted: bool, model: nn.Module) -> nn.Module:
     return fusing.fuse(model) if wanted else model
 
 
+def _is_published(path: pathlib.Path) -> bool:
+    from .foreign import is_published
+
+    return (path / "config.json").exists() and is_published(files.read_json(path / "config.json"))
+
+
 def load_result(path: str | os.PathLike, **options) -> CompressionResult:
-    """A `CompressionResult` from an elastic checkpoint; `options` as for `load`, without a size."""
+    """A `CompressionResult` from an elastic or published checkpoint; `options` as for `load`, without a size."""
+    if _is_published(pathlib.Path(path)):
+        from .foreign import import_checkpoint
+
+        return import_checkpoint(path, **options)
     model = load(path, **options)
     if not any(hasattr(module, "set_live") for module in model.modules()):
         raise ValueError(f"{path} is not an elastic checkpoint")
@@ -216,6 +242,9 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
     model, layers = result.model, svd_layers(result.model)
     if quantizer.quantized_layers(model):
         raise ValueError(f"an elastic checkpoint holds no quantized layers, as {quantizer.quantized_layers(model)[0]}")
+    imported = _acip_fields(model.config).get("imported")
+    if compact and imported:
+        raise ValueError("compact: factors that were imported are not quite those of the base model; save them whole")
     # For people to read: of a directory, only its name.
     base_name = base_model and (pathlib.Path(base_model).resolve().name if os.path.exists(base_model) else base_model)
     if not compact and base_model is not None and pathlib.Path(base_model).exists():
@@ -263,6 +292,7 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
         base_name=base_name,
         final_size_ratio=result.size_ratio,
         compression=None if result.config is None else result.config.to_dict(),
+        **({"imported": imported} if imported else {}),
     )
     fields = model.config.to_dict()
     fields.pop("_name_or_path", None)  # as save_pretrained does
@@ -357,7 +387,8 @@ class _Elastic:
         ranks = torch.tensor([layer.get("adapter_rank", 0) for layer in self.layers.values()])
         full = torch.tensor([scores.numel() for scores in self.scores.values()])
         trained = any(r and bool(self.get(f"{name}.lora_B").any()) for name, r in zip(self.layers, ranks.tolist()))
-        storage = rest, rank_multiple, check_forms(forms), scheme
+        biases = sum(self.shape(name)[0] for name in (f"{name}.bias" for name in self.layers) if name in self.where)
+        storage = rest, rank_multiple, check_forms(forms), scheme, biases
         with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, *storage)
         without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
@@ -430,6 +461,8 @@ def _rebuild(path, config, acip: quantizer.AcipConfig, base_model, svd_cache, dt
             k = min(out, in_)
             shapes = {"scores": (k,), "S": (k,)} | ({"lora_A": (r, in_), "lora_B": (out, r)} if r else {})
             kept = {key: _stored(path, where, f"{name}.{key}", shape) for key, shape in shapes.items()}
+            if "full_rank" in acip.layers[name]:
+                raise ValueError(f"{path / 'config.json'}: a compact checkpoint has all ranks, and {name} a full_rank")
             bias = None if layer.bias is None else layer.bias.detach()
             new = SVDLinear(*cached_svd(weight_of(layer).detach(), svd_cache), bias, **acip.layers[name])
             S = kept.pop("S").to(new.S)
@@ -450,6 +483,8 @@ def _rebuild(path, config, acip: quantizer.AcipConfig, base_model, svd_cache, dt
 def _factorized(acip: quantizer.AcipConfig, **changes) -> quantizer.AcipConfig:
     """What the factorized model of an elastic checkpoint keeps of it, for being saved again."""
     about = {"base_model": getattr(acip, "base_model", None)} | changes
+    if hasattr(acip, "imported"):
+        about["imported"] = acip.imported
     return quantizer.AcipConfig("factorized", layers=acip.layers, **about)
 
 
