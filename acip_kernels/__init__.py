@@ -17,6 +17,8 @@ from .compress import (
 from .compress.finetune import finetune
 from .compress.recalibrate import recalibrate
 from .compress.scores import score_by_singular_values
+from .models.export import export_onnx, export_program, save_factors, to_plain
+from .models.factors import import_factors
 from .models.foreign import import_checkpoint
 from .models.fuse import fuse, unfuse
 from .models.saving import load, save
@@ -36,10 +38,13 @@ __all__ = [
     "Sizing",
     "__version__",
     "compress",
+    "export_onnx",
+    "export_program",
     "factorize",
     "finetune",
     "fuse",
     "import_checkpoint",
+    "import_factors",
     "linear_cross_entropy",
     "load",
     "lowrank_linear",
@@ -47,6 +52,8 @@ __all__ = [
     "materialize",
     "recalibrate",
     "save",
+    "save_factors",
     "score_by_singular_values",
+    "to_plain",
     "unfuse",
 ]

@@ -46,7 +46,10 @@ Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cu
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there already.")]
 Count = Annotated[
     str,
-    typer.Option(help="What size ratios count: factorized (the factorized layers) or stored (the whole file)."),
+    typer.Option(
+        help="What size ratios count: factorized (the factorized layers), stored (the whole file), or paper (the "
+        "reference's count and cut: its ranks; without adapters, and just above the target)."
+    ),
 ]
 Adapters = Annotated[
     str, typer.Option(help="What becomes of the adapters: auto, merge (exactly, as more ranks), truncate or drop.")
@@ -277,7 +280,10 @@ def compress(
 
 @app.command()
 def materialize(
-    elastic: Annotated[pathlib.Path, typer.Argument(help="An elastic checkpoint, as `acip compress` writes it.")],
+    elastic: Annotated[
+        pathlib.Path,
+        typer.Argument(help="An elastic checkpoint, as `acip compress` writes it, or a published ACIP checkpoint."),
+    ],
     output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for the new model.")],
     size_ratio: Annotated[float, typer.Option("--size-ratio", "-s", help="What is left, in (0, 1].")],
     count: Count = "factorized",
@@ -289,7 +295,7 @@ def materialize(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the checkpoint's own.")] = "auto",
     base_model: Annotated[
-        str | None, typer.Option(help="Of a compact checkpoint: where its base model is now.")
+        str | None, typer.Option(help="Of a compact or published checkpoint: where its base model is now.")
     ] = None,
     quantize: Annotated[
         str | None, typer.Option(help="Keep the factorized layers' weights as int8 or int4.", show_default=False)
@@ -354,7 +360,7 @@ def materialize(
     if data is None:
         model = load(elastic, size_ratio, **source, **options, **scheme)
     else:
-        tokens = texts.tokenize(_tokenizer(elastic), texts.read_texts(data, column=column))
+        tokens = texts.tokenize(_tokenizer(elastic, base_model), texts.read_texts(data, column=column))
         batches = texts.Batches(tokens, batch_size=1, length=length, seed=0)
         calibration = list(itertools.islice(batches, calibration_batches))
         result = load_result(elastic, **source)
@@ -366,9 +372,9 @@ def materialize(
             model = acip_kernels.materialize(result, size_ratio, **options)
         else:
             model = _quantized_by(calibration, result.model, size_ratio, options, scheme)
-    about = files.read_json(elastic / "config.json")["quantization_config"]
-    base = about.get("base_model") or about.get("base_name")
-    save(model, output, tokenizer=_tokenizer(elastic), base_model=base, overwrite=overwrite)
+    about = files.read_json(elastic / "config.json").get("quantization_config", {})
+    base = about.get("base_model") or about.get("base_name") or base_model
+    save(model, output, tokenizer=_tokenizer_if_any(elastic, base_model), base_model=base, overwrite=overwrite)
     _print({"model": str(output), **_about(model, output)}, as_json)
 
 
@@ -449,6 +455,128 @@ def finetune(
     losses = [row["loss"] for row in result.history]
     summary = {"model": str(output), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]}
     _print(summary | _about(tuned, output), as_json)
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[
+        pathlib.Path,
+        typer.Argument(help="A published ACIP checkpoint's directory; or a directory or .safetensors file of factors."),
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for what it becomes.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            help="The model that was compressed: name on the hub, or directory. A published one may name it.",
+        ),
+    ] = None,
+    names: Annotated[
+        str,
+        typer.Option(
+            help="What pairs of factors are called: auto, svd-llm, asvd, sequential, children, or patterns with a *, "
+            "as 'U=*_u_proj,Vh=*_v_proj,layer=*_proj' (S=… for singular values between them)."
+        ),
+    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the source's own.")] = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+):
+    """Take over what others have compressed: ACIP checkpoints as the paper's authors publish them, and models whose
+    layers are pairs of factors (SVD-LLM, ASVD, or any names).
+
+    A published checkpoint becomes an elastic one, with its scores and adapters: any size is cut from it, and
+    `--count paper` cuts the ranks that the authors' code does. Pairs of factors become a materialized model of the size
+    that they have. Only the base model's config is needed, unless weights are missing in the source.
+
+    Example: `acip import ACIP-llama2-7b --base meta-llama/Llama-2-7b-hf -o llama-elastic`
+
+    Then: `acip materialize llama-elastic -s 0.5 --count paper -o llama-50`
+
+    Example: `acip import svd-llm/model.safetensors --base meta-llama/Llama-2-7b-hf --names svd-llm -o llama-svd`
+    """
+    import acip_kernels
+
+    from . import data as texts
+    from . import files, save
+    from .models.foreign import base_name, is_published
+
+    config = source / "config.json"
+    fields = files.read_json(config) if config.exists() else {}
+    if is_published(fields):
+        if names != "auto":
+            raise ValueError(f"{source} is a published ACIP checkpoint, whose names are known: leave --names out")
+        cache = texts.svd_cache(base or source)
+        result = acip_kernels.import_checkpoint(source, base, dtype=dtype, svd_cache=cache)
+        model, base = result.model, base or base_name(fields)
+    else:
+        if base is None:
+            raise ValueError("--base: say which model these are factors of, by its name on the hub or its directory")
+        patterns = dict(part.split("=", 1) for part in names.split(",")) if "=" in names else names
+        model = result = acip_kernels.import_factors(source, base, patterns, dtype=dtype)
+    place = source if source.is_dir() else source.parent
+    save(result, output, tokenizer=_tokenizer_if_any(place, base), base_model=base, overwrite=overwrite)
+    about = {"model": str(output), "kind": "elastic" if _is_elastic(output) else "materialized"}
+    if about["kind"] == "elastic":
+        about |= {"layers": len(result.scores), "run_ended_at": result.size_ratio}
+        _print(about, as_json)
+    else:
+        _print(about | _about(model, output), as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        pathlib.Path,
+        typer.Argument(help="A materialized model, or with --size-ratio an elastic or published checkpoint."),
+    ],
+    output: Annotated[pathlib.Path, typer.Option("--output", "-o", help="Directory for the export.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            help="dense (a transformers model as before the compression), factors (two nn.Linear a layer, for stock "
+            "PyTorch), or onnx."
+        ),
+    ],
+    size_ratio: Annotated[
+        float | None, typer.Option("--size-ratio", "-s", help="The size to cut from an elastic checkpoint first.")
+    ] = None,
+    count: Count = "factorized",
+    adapters: Adapters = "auto",
+    base_model: Annotated[
+        str | None, typer.Option(help="Of a compact or published checkpoint: where its base model is now.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto for the model's own; float32 for an ONNX runtime without bfloat16.")
+    ] = "auto",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+):
+    """Write a compressed model for where this package is not.
+
+    **dense** is an ordinary transformers model, of as many numbers as before the compression. **factors** keeps the
+    small size: two `nn.Linear` a layer, in a safetensors file that a dozen lines of stock PyTorch load (they are in the
+    README.md beside it); a layer in pivoted form gets rank² more numbers. **onnx** is a graph from `input_ids` and
+    `attention_mask` to `logits`, without a cache, in which pivoted layers stay as they are. Quantized weights become
+    floating-point ones in all three.
+
+    Example: `acip export smol-60 --form factors -o smol-60-factors`
+
+    Example: `acip export runs/smol/elastic -s 0.6 --form onnx --dtype float32 -o smol-60-onnx`
+    """
+    from . import load, save
+    from .models import export as exporting
+
+    if form not in exporting.FORMS:
+        raise ValueError(f"--form must be one of {', '.join(exporting.FORMS)}, got {form!r}")
+    options = {"count": count, "adapters": adapters, "base_model": base_model}
+    loaded = load(model, size_ratio, dtype=dtype, **options)
+    tokenizer = _tokenizer_if_any(model, base_model)
+    write = {"dense": save, "factors": exporting.save_factors, "onnx": exporting.export_onnx}[form]
+    exported = exporting.to_plain(loaded, "dense") if form == "dense" else loaded
+    write(exported, output, tokenizer=tokenizer, overwrite=overwrite)
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.onnx*") for file in output.glob(pattern))
+    _print({"model": str(output), "form": form, "file_bytes": size}, as_json)
 
 
 @app.command()
@@ -576,6 +704,7 @@ def info(
     Example: `acip info runs/smol/elastic`
     """
     from . import __version__, files, report
+    from .models.foreign import base_name, is_published
     from .ops import extension, lowrank_linear, masked_svd_linear
 
     if path is None:
@@ -592,6 +721,10 @@ def info(
     about = {"path": str(path), "model_type": fields.get("model_type"), "kind": "dense"}
     if acip.get("quant_method") == "acip":
         about["kind"] = acip["kind"]
+    if is_published(fields):
+        about |= {"kind": "published ACIP checkpoint", "model_type": fields.get("model_type")}
+        about["base_model"] = base_name(fields)
+        about["to_use_it"] = f"acip import {path} --base MODEL -o DIRECTORY"
     if about["kind"] == "elastic":
         from .compress.result import CompressionResult
 
@@ -740,13 +873,25 @@ def _load(name: str, device: str, dtype: str, size_ratio: float | None = None):
     return model.to(where), _tokenizer(name)
 
 
-def _tokenizer(name):
+def _tokenizer(*names):
+    """The tokenizer of the first of these that has one; None among them is nothing."""
     from transformers import AutoTokenizer
 
+    names = [name for name in names if name is not None]
+    for name in names:
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError):
+            continue
+    raise ValueError(f"{names[0]} holds no tokenizer: copy its files there, or name the model that has it")
+
+
+def _tokenizer_if_any(*names):
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        raise ValueError(f"{name} holds no tokenizer: copy its files there, or name the model that has it") from None
+        return _tokenizer(*names)
+    except ValueError as error:
+        logging.getLogger("acip_kernels").warning("%s; without it only token ids can be given", error)
+        return None
 
 
 def _quantized_by(batches: list, factorized, size_ratio: float, options: dict, scheme: dict):
@@ -764,9 +909,13 @@ def _quantized_by(batches: list, factorized, size_ratio: float, options: dict, s
 
 def _is_elastic(path) -> bool:
     from . import files
+    from .models.foreign import is_published
 
     file = pathlib.Path(path) / "config.json"
-    return file.exists() and files.read_json(file).get("quantization_config", {}).get("kind") == "elastic"
+    if not file.exists():
+        return False
+    fields = files.read_json(file)
+    return is_published(fields) or fields.get("quantization_config", {}).get("kind") == "elastic"
 
 
 def _ranks(cut) -> dict[str, tuple[int, int]]:

@@ -38,8 +38,8 @@ def config(*, mask_func="ste", scaling=0.02, adapters=None, base="toy", pretrain
 class Published:
     """`model`, a dense toy, as the published code would hold it: parts by name, in `dtype`.
 
-    threshold: scores at or below are pruned; None keeps all. compressed: pruned ranks are taken out, and layers that two
-    factors do not make smaller are dense. adapters: `{name: PEFT's fields}`.
+    threshold: scores at or below are pruned; None keeps all. compressed: pruned ranks are taken out, and layers that
+    two factors do not make smaller are dense. adapters: `{name: PEFT's fields}`.
     """
 
     def __init__(

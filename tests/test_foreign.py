@@ -40,8 +40,8 @@ def assert_within_bfloat16(model, golden, name):
     """Both sides round to bfloat16, and independent roundings, of 2**-9 at most, add up as the root of their number.
 
     On the way to a logit lie four linear layers in each of two blocks (v, o, up, down), with seven roundings each (two
-    products of factors, two of the adapter, the mask, the scaling, the sum), and eight more a block (two norms, softmax,
-    its product, activation, gate, two sums); here as there.
+    products of factors, two of the adapter, the mask, the scaling, the sum), and eight more a block (two norms,
+    softmax, its product, activation, gate, two sums); here as there.
     """
     expected = golden[name]
     error = (logits(model, golden["input_ids"]).float() - expected).square().mean().sqrt()
@@ -317,7 +317,9 @@ REFUSED = {
     "a scale of zero": (configure(*KWARGS, "mask_scaling_factor", value=0), "mask_scaling_factor must be 'norm' or a"),
     "a scale that is no number": (configure(*KWARGS, "mask_scaling_factor", value="L1"), "got 'L1'"),
     "masks of their own": (configure(*KWARGS, "mask_func", value="relu"), "which another size would lose"),
-    "no parametrization": (configure("parametrization_config", value=[]), "must be an object"),
+    "no parametrization": (configure("parametrization_config", value=[]), "module_factory_cls is None"),
+    "a parametrization of text": (configure("parametrization_config", value="svd"), "must be an object, got 'svd'"),
+    "an adapter of text": (configure(*DEFAULT, value="lora"), "default must be an object, got 'lora'"),
     "DoRA": (configure(*DEFAULT, "use_dora", value=True), "DoRA adapter, and only LoRA is known"),
     "IA3": (configure(*DEFAULT, "peft_type", value="IA3"), "IA3 adapter"),
     "another r": (configure(*DEFAULT, "r", value=5), "where config.json has r 5"),

@@ -46,7 +46,7 @@ class Sizing:
     A third, `paper`, is the reference's, for who wants its ranks: the factorized layers with their biases, in two
     factors or dense, without adapters, whatever is stored. Its cut is the reference's too, see `cut`.
 
-    The two count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio as without
+    All count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio as without
     one, but each layer takes the form of the fewest bytes as it is quantized, and `bytes` and `elements` count codes,
     scales and zeros.
 

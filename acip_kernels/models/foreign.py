@@ -40,6 +40,21 @@ def is_published(fields: dict) -> bool:
     return fields.get("model_type") in ("acip_model", "parametrized_model") or "parametrization_config" in fields
 
 
+def base_name(fields: dict) -> str | None:
+    """The base model's name, or its directory, in a published checkpoint's config.json."""
+    name = _object(fields, "base_model_config", "pretrained_model_kwargs").get("pretrained_model_name_or_path")
+    return name if isinstance(name, str) else None
+
+
+def _object(fields: dict, *path: str) -> dict:
+    """The object at `path` in config.json; an empty one where there is none. Raises `ValueError` for another value."""
+    for key in path:
+        fields = fields.get(key) or {}
+        if not isinstance(fields, dict):
+            raise ValueError(f"config.json: {'.'.join(path)} must be an object, got {fields!r}")
+    return fields
+
+
 @torch.no_grad()
 def import_checkpoint(
     path: str | os.PathLike,
@@ -152,12 +167,10 @@ class _Kind:
         for key in fields:
             if key.endswith("version") and key != "transformers_version":
                 refuse(f"{key} is {fields[key]!r}, and published checkpoints that are known have none")
-        about = fields.get("parametrization_config")
-        if not isinstance(about, dict) or not isinstance(about.get("module_factory_kwargs") or {}, dict):
-            raise ValueError(f"{file}: parametrization_config must be an object with module_factory_kwargs")
+        about = _object(fields, "parametrization_config")
         if str(about.get("module_factory_cls")).rpartition(".")[2] not in ("svd", "SVDLinearParametrization"):
             refuse(f"module_factory_cls is {about.get('module_factory_cls')!r}, and only 'svd' is known")
-        options = dict(about.get("module_factory_kwargs") or {})
+        options = dict(_object(fields, "parametrization_config", "module_factory_kwargs"))
         mask_func, scaling = options.pop("mask_func", "ste"), options.pop("mask_scaling_factor", "norm")
         if options:
             refuse(f"module_factory_kwargs has {', '.join(map(repr, options))}, which is not known")
@@ -165,10 +178,9 @@ class _Kind:
             refuse(f"mask_func is {mask_func!r}, and only 'ste', 'relu' and 'none' are known")
         if scaling != "norm" and (type(scaling) not in (int, float) or not 0 < scaling < math.inf):
             raise ValueError(f"{file}: mask_scaling_factor must be 'norm' or a positive number, got {scaling!r}")
-        adapters = (fields.get("adapter_config") or {}).get("peft_config") or {}
-        if not isinstance(adapters, dict) or not all(isinstance(one, dict) for one in adapters.values()):
-            raise ValueError(f"{file}: adapter_config.peft_config must be an object by adapter")
-        for name, one in adapters.items():
+        adapters = _object(fields, "adapter_config", "peft_config")
+        for name in adapters:
+            one = _object(adapters, name)
             if one.get("peft_type", "LORA") != "LORA" or one.get("use_dora"):
                 what = "DoRA" if one.get("use_dora") else one.get("peft_type")
                 refuse(f"adapter {name!r} is a {what} adapter, and only LoRA is known")
@@ -212,8 +224,8 @@ class _Base:
     def of(cls, base_model, fields: dict, file) -> _Base:
         from transformers import AutoConfig, PretrainedConfig
 
-        about = fields.get("base_model_config") or {}
-        options = about.get("pretrained_model_kwargs") or {}
+        about = _object(fields, "base_model_config")
+        options = _object(fields, "base_model_config", "pretrained_model_kwargs")
         dtype = _dtype(options.get("torch_dtype") or options.get("dtype") or "auto")
         name, config, state = base_model, None, None
         if isinstance(base_model, nn.Module):
@@ -222,7 +234,7 @@ class _Base:
         elif isinstance(base_model, PretrainedConfig):
             name, config = base_model._name_or_path or None, base_model
         elif base_model is None:
-            name, own = options.get("pretrained_model_name_or_path"), about.get("pretrained_config")
+            name, own = base_name(fields), about.get("pretrained_config")
             if isinstance(own, dict):
                 try:
                     config = AutoConfig.for_model(**own)
@@ -316,8 +328,8 @@ def _open(path: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple]:
         pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
         if pickles:
             raise ValueError(
-                f"{pickles[0]} is a pickle, which is never read, as it may run code: load it where you trust it and save "
-                "its state_dict with safetensors.torch.save_file as model.safetensors"
+                f"{pickles[0]} is a pickle, which is never read, as it may run code: load it where you trust it, and "
+                "save its state_dict with safetensors.torch.save_file as model.safetensors"
             )
     return saving._open_shards(path, "model.safetensors", stack)
 
@@ -403,8 +415,8 @@ def _factors(reader: _Reader, kind: _Kind, name: str, parts: dict, out: int, in_
         rank = ortho.shape[1]
         if rank > full or len(scores) < rank:
             raise ValueError(
-                f"{reader.path}: {name} is of rank {rank}, where the base model {reader.base.name} has {full} ranks and "
-                f"the checkpoint {len(scores)} scores"
+                f"{reader.path}: {name} is of rank {rank}, where the base model {reader.base.name} has {full} ranks "
+                f"and the checkpoint {len(scores)} scores"
             )
         base = reader.get(parts["base.weight"], (rank, in_))
         mask = reader.get(parts["mask"], (rank,))
@@ -416,8 +428,8 @@ def _factors(reader: _Reader, kind: _Kind, name: str, parts: dict, out: int, in_
                 odd |= mask < 0
             if bool(odd.any()):
                 raise ValueError(
-                    f"{reader.path}: mask_func is {kind.mask_func!r}, and the mask of {name} has other values than 0 and "
-                    f"{scale:g}, which another size would lose: prune it to a size with its own code, and save again"
+                    f"{reader.path}: mask_func is {kind.mask_func!r}, and the mask of {name} has other values than 0 "
+                    f"and {scale:g}, which another size would lose: prune it with its own code, and save again"
                 )
         precise = torch.promote_types(ortho.dtype, torch.float32)
         ortho, base = ortho.to(precise), base.to(precise)

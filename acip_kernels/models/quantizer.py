@@ -42,8 +42,8 @@ class AcipConfig(QuantizationConfigMixin):
     quantized: `{"bits", "group", "symmetric", "dense"}` if the weights of all these are quantized, and those of the
         layers named in "dense", which are `QuantizedLinear`s; see `ops.quantize`.
     size_ratio, count: the target that the model was cut for; factorized, stored: what it came to, in either count.
-    layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`, with its `full_rank` where that is less
-        than the weight's. Other fields are kept.
+    layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`, with its `full_rank` where that is
+        less than the weight's. Other fields are kept.
     """
 
     def __init__(

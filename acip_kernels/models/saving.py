@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -115,9 +116,10 @@ def load(
     Args:
         path: an elastic or a materialized checkpoint, a published one (see `import_checkpoint`), or any other
             transformers directory.
-        size_ratio: of an elastic or published checkpoint, the size to load, in (0, 1]: an ordinary model, as `materialize` makes
-            it, of which only the ranks that stay are read. None: the factorized model itself, with `SVDLinear`
-            layers, which `materialize` cuts. A materialized checkpoint has one size, and takes None alone.
+        size_ratio: of an elastic or published checkpoint, the size to load, in (0, 1]: an ordinary model, as
+            `materialize` makes it; of an elastic one, only the ranks that stay are read. None: the factorized model
+            itself, with `SVDLinear` layers, which `materialize` cuts. A materialized checkpoint has one size, and takes
+            None alone.
         count, adapters, rank_multiple, forms: as for `materialize`.
         base_model, svd_cache: for a compact elastic checkpoint, or a published one, where the base model is now, and a
             directory that keeps its decompositions.
@@ -623,6 +625,23 @@ def _empty_model(path: pathlib.Path, config) -> nn.Module:
 
 
 # ---- transformers
+
+
+def plain_config(model: nn.Module):
+    """A copy of a model's config that knows nothing of how its layers are stored."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def plain_class(model: nn.Module) -> Callable[[str], type]:
+    """What tells of a layer's name the class that it has in the dense model: `nn.Linear`, where that is not known."""
+    try:
+        empty = _empty_model(pathlib.Path(), plain_config(model)) if quantizer.is_transformers(model) else None
+    except ValueError:
+        empty = None
+    return lambda name: nn.Linear if empty is None else type(empty.get_submodule(name))
 
 
 def checkpoint_dtype(source) -> torch.dtype | None:
