@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 import toys
+from published import Published
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -14,7 +16,7 @@ from acip_kernels import cli
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
 BATCHES = ("--batch-size", 2, "--length", 16)
-COMMANDS = ("compress", "materialize", "finetune", "evaluate", "info", "plot", "demo")
+COMMANDS = ("compress", "materialize", "import", "export", "finetune", "evaluate", "info", "plot", "demo")
 
 
 def acip(*arguments):
@@ -118,6 +120,54 @@ def test_materialize_quantizes(base, tmp_path):
     as_json("materialize", summary["elastic"], "-s", 0.8, "-o", tmp_path / "8", "--quantize", "int8")
     assert as_json("info", tmp_path / "8")["quantized"]["bits"] == 8
     assert "bits: 4" in acip("info", tmp_path / "near")
+
+
+def test_import_of_a_published_checkpoint(base, tmp_path):
+    folder, _ = base
+    dense = AutoModelForCausalLM.from_pretrained(folder / "toy")
+    path = Published(dense, adapters={"default": {}}).write(tmp_path / "published")
+    about = as_json("info", path)
+    assert about["kind"] == "published ACIP checkpoint" and about["base_model"] == "toy"
+    assert "acip import" in about["to_use_it"]
+    made = as_json("import", path, "--base", folder / "toy", "-o", tmp_path / "elastic")
+    assert made["kind"] == "elastic" and made["layers"] == 14
+    assert as_json("info", tmp_path / "elastic")["kind"] == "elastic"
+    options = ("-s", 0.6, "--count", "paper")
+    first = as_json("materialize", tmp_path / "elastic", *options, "-o", tmp_path / "first")
+    second = as_json("materialize", path, "--base-model", folder / "toy", *options, "-o", tmp_path / "second")
+    assert first | {"model": ""} == second | {"model": ""}
+    assert as_json("info", tmp_path / "first")["ranks"] == as_json("info", tmp_path / "second")["ranks"]
+    with pytest.raises(ValueError, match="whose names are known: leave --names out"):
+        acip("import", path, "--base", folder / "toy", "--names", "asvd", "-o", tmp_path / "none")
+
+
+def test_import_of_factors_and_export(base, tmp_path):
+    folder, _ = base
+    dense = AutoModelForCausalLM.from_pretrained(folder / "toy")
+    state = dict(dense.state_dict())
+    for name in [name for name in state if name.endswith("up_proj.weight")]:
+        U, S, Vh = torch.linalg.svd(state.pop(name), full_matrices=False)
+        state[name.replace("up_proj.weight", "up.left")] = (U * S)[:, :9].contiguous()
+        state[name.replace("up_proj.weight", "up.right")] = Vh[:9].contiguous()
+    save_file(state, tmp_path / "factors.safetensors")
+    source = (tmp_path / "factors.safetensors", "--base", folder / "toy", "-o", tmp_path / "imported")
+    with pytest.raises(ValueError, match="acip import … --names"):
+        acip("import", *source)
+    made = as_json("import", *source, "--names", "U=*.left,Vh=*.right,layer=*_proj")
+    assert made["kind"] == "materialized"
+    assert set(as_json("info", tmp_path / "imported")["ranks"].values()) == {9}
+
+    sizes = {}
+    for form in ("dense", "factors", "onnx"):
+        sizes[form] = as_json("export", tmp_path / "imported", "--form", form, "-o", tmp_path / form)["file_bytes"]
+    assert sizes["factors"] < sizes["dense"]
+    logits = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)(toys.token_ids()).logits for name in ("imported", "dense")
+    ]
+    toys.assert_close(logits[1], logits[0])
+    for wrong, message in (("gguf", "--form must be one of dense, factors, onnx"), ("dense", "not empty")):
+        with pytest.raises((ValueError, FileExistsError), match=message):
+            acip("export", tmp_path / "imported", "--form", wrong, "-o", tmp_path / "dense")
 
 
 @pytest.mark.parametrize("adapters", ["merge", "truncate"])

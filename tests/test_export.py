@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 import toys
-from toys import assert_close, logits
 from torch import nn
+from toys import assert_close, logits
 from transformers import AutoModelForCausalLM
 
 from acip_kernels import (

@@ -17,7 +17,7 @@ ARCHITECTURES = {"llama": toys.llama, "qwen2": toys.qwen2, "gpt2": toys.gpt2}
 
 
 def factorized(model, names, *, rank=9, transposed=False, singular_values=False, exclude=("k_proj",)):
-    """`(state, dense)`: a state dict as somebody's two projections have it, and a dense model that computes the same."""
+    """`(state, dense)`: a state dict as somebody's two projections have it, and a dense model of the same function."""
     dense, state = copy.deepcopy(model), dict(model.state_dict())
     for name, layer in linear_layers(dense)[0].items():
         prefix, suffix = names["layer"].split("*")
@@ -38,7 +38,7 @@ def factorized(model, names, *, rank=9, transposed=False, singular_values=False,
             state[where["S"]] = S
         if bias is not None:
             state[f"{name if transposed else where['U']}.bias"] = bias
-    return {name: tensor.clone() for name, tensor in state.items()}, dense
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}, dense
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
