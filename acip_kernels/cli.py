@@ -501,6 +501,10 @@ def import_model(
     from . import files, save
     from .models.foreign import base_name, is_published
 
+    if not source.exists():
+        raise ValueError(
+            f"{source} does not exist: fetch what is on the hub first, by hf download {source} --local-dir …"
+        )
     config = source / "config.json"
     fields = files.read_json(config) if config.exists() else {}
     if is_published(fields):

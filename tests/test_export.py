@@ -16,12 +16,14 @@ from acip_kernels import (
     PivotLinear,
     export_onnx,
     export_program,
+    fuse,
     load,
     materialize,
     save,
     save_factors,
     to_plain,
 )
+from acip_kernels.ops import extension
 
 IDS = toys.token_ids(3, 7)
 
@@ -52,6 +54,20 @@ def test_plain_modules_compute_the_same(result, form, options):
     assert hasattr(model.config, "quantization_config")  # which stays as it was
     if form == "dense":
         assert numbers(plain) == numbers(toys.MODELS[plain.config.model_type.removesuffix("_text")]())
+
+
+def test_a_fused_model_is_exported_as_it_computes():
+    if not extension.available():
+        pytest.skip("fusing is the native extension's")
+    model = materialize(toys.toy_result(toys.llama()), 0.5)
+    expected = logits(model)
+    fuse(model)
+    for form in ("dense", "factors"):
+        plain = to_plain(model, form)
+        assert_needs_nothing_of_ours(plain)
+        assert not any("forward" in module.__dict__ for module in plain.modules())
+        assert_close(logits(plain), expected)
+    assert any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_what_factors_cost():

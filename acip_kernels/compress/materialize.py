@@ -158,8 +158,8 @@ def materialize(
     Args:
         model_or_result: a model with `SVDLinear` layers, or a `CompressionResult`.
         size_ratio: what is left, in (0, 1], met from below.
-        count: what the ratio counts: "factorized", the weights of the factorized layers as stored; or "stored", every
-            parameter in the file.
+        count: what the ratio counts: "factorized", the weights of the factorized layers as stored; "stored", every
+            parameter in the file; or "paper", to cut the ranks that the reference does (see `Sizing.cut`).
         adapters: "auto", "merge", "truncate" or "drop"; see `plan_cut`.
         rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
         forms: what layers may be stored as, some of "dense", "factors" and "pivoted"; the ranks that a size allows

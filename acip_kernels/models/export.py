@@ -13,6 +13,7 @@ from .. import files
 from ..nn import LowRankLinear, PivotLinear, QuantizedLinear
 from ..nn.quantized_linear import dense_weight
 from . import quantizer, saving
+from .fuse import unfuse
 
 FORMS = ("dense", "factors", "onnx")
 
@@ -213,6 +214,7 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
     finally:
         if attached is not None:
             model.hf_quantizer = attached
+    unfuse(new)
     if quantizer.is_transformers(new):
         new.config = saving.plain_config(model)
     for parameter in new.parameters():

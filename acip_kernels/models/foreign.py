@@ -88,6 +88,10 @@ def import_checkpoint(
             missing, left over or of shapes that do not fit the base model, or a base model that cannot be had.
     """
     path = pathlib.Path(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path} is not a directory: fetch what is on the hub first, by hf download {path} --local-dir …"
+        )
     file = path / "config.json"
     fields = files.read_json(file)
     kind = _Kind.of(fields, file)
