@@ -503,7 +503,7 @@ def import_model(
 
     if not source.exists():
         raise ValueError(
-            f"{source} does not exist: fetch what is on the hub first, by hf download {source} --local-dir …"
+            f"{source} does not exist: fetch what is on the hub first (hf download {source} --local-dir …)"
         )
     config = source / "config.json"
     fields = files.read_json(config) if config.exists() else {}

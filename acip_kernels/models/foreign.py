@@ -90,7 +90,7 @@ def import_checkpoint(
     path = pathlib.Path(path)
     if not path.is_dir():
         raise ValueError(
-            f"{path} is not a directory: fetch what is on the hub first, by hf download {path} --local-dir …"
+            f"{path} is not a directory: fetch what is on the hub first (hf download {path} --local-dir …)"
         )
     file = path / "config.json"
     fields = files.read_json(file)
