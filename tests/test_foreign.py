@@ -252,6 +252,9 @@ def test_papers_count_prunes_as_the_paper_does(make, ties):
         assert all(torch.equal(cut.live[name], expected[name]) for name in scores)
         assert cut.sizing.ratio(cut.ranks, "paper") == ratio(expected)
     assert all(live.all() for live in result.cut(1.0, count="paper").live.values())
+    with pytest.raises(ValueError, match="cut takes paper"):
+        sizing = Sizing.of(result.model)
+        sizing.ranks_at(sizing.removal(scores), 0.5, "paper")
 
 
 def test_papers_count_leaves_adapters_out_and_the_own_counts_tell_the_truth(tmp_path):

@@ -211,7 +211,12 @@ class Sizing:
         return dict(zip(self.names, live.split(self.full_rank.tolist()), strict=True))
 
     def ranks_at(self, removal: Removal, size_ratio: float, count: str = "factorized") -> Tensor:
-        """Live ranks of `cut` at `size_ratio`, int64 `[layers]`, for who cuts by the same scores again and again."""
+        """Live ranks of `cut` at `size_ratio`, int64 `[layers]`, for who cuts by the same scores again and again.
+
+        count: one of COUNTS; the paper's cut is `cut`'s alone.
+        """
+        if count == PAPER:
+            raise ValueError("count: ranks_at takes factorized or stored; cut takes paper, too")
         gone = torch.bincount(removal.layer[: self._pruned(removal, size_ratio, count)], minlength=len(self.names))
         return self.full_rank - gone
 

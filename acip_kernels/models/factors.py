@@ -60,7 +60,7 @@ def import_factors(
     with contextlib.ExitStack() as stack:
         where, path = _tensors(source, stack)
         reader = _Reader(path, where, base)
-        empty = saving._empty_model(pathlib.Path(base.name or ""), base.config)
+        empty = saving._empty_model(pathlib.Path(base.name or "base_model"), base.config)
         linear = linear_layers(empty)[0]
         pairs = _pairs(where, names, linear, path)
         own = reader.get(next(iter(pairs.values()))["U"]).dtype

@@ -105,7 +105,7 @@ def import_checkpoint(
         dtype = _dtype(dtype) or own or torch.float32
         config = copy.deepcopy(base.config)
         config.dtype = dtype
-        empty = saving._empty_model(path, config)
+        empty = saving._empty_model(pathlib.Path(base.name or "base_model"), config)
         linear = linear_layers(empty)[0]
         state, options = {}, {}
         for name, (parts, adapters) in layers.items():
