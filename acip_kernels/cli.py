@@ -697,6 +697,75 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    model: Annotated[
+        pathlib.Path,
+        typer.Argument(help="A materialized model's directory, or with --size-ratio an elastic checkpoint."),
+    ],
+    size_ratio: Annotated[
+        float | None, typer.Option("--size-ratio", "-s", help="The size to cut from an elastic checkpoint.")
+    ] = None,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, max=16, help="Tokens at a time (repeatable); 16 stands for 2 to 16.", show_default="1 and 16"
+        ),
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(min=1, help="Configs to try for each launch: those that are predicted to be fastest.")
+    ] = 12,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure what is known already as well, as after a change of clocks.")
+    ] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: Json = False,
+):
+    """Measure how the GPU's kernels run best for a model's layers, and whether they beat torch's products.
+
+    What is found is kept for this GPU, its driver and the versions of torch, triton and this package, and every model
+    follows it from then on: up to 16 tokens, layers are computed by the Triton kernels where they were measured to be
+    faster, and by torch's products everywhere else. Results change by rounding alone. A run that is interrupted goes on
+    where it was.
+
+    Example: `acip tune smol-60`
+
+    Example: `acip tune runs/smol/elastic -s 0.6 --tokens 1 --tokens 4 --candidates 24`
+    """
+    import torch
+
+    from .ops.fused_linear import measured, op
+
+    where = torch.device(_device(device))
+    if not torch.cuda.is_available():
+        raise ValueError("acip tune measures a GPU, and there is none here: on a CPU nothing has to be tuned")
+    if where.type != "cuda":
+        raise ValueError(f"acip tune measures a GPU, and --device is {device}")
+    if op.triton is None:
+        raise ValueError("acip tune is for Triton's kernels, and Triton is not installed: pip install triton")
+    from . import load
+    from .compress.config import compute_dtype
+    from .compress.progress import RunProgress
+    from .models import tune as tuning
+
+    if not model.is_dir():
+        raise ValueError(f"{model} is not a directory")
+    if _is_elastic(model) and size_ratio is None:
+        raise ValueError(f"{model} is an elastic checkpoint, of every size: say which with --size-ratio")
+    loaded = load(model, size_ratio, dtype=compute_dtype(dtype, where)).to(where)
+    with RunProgress(enabled=not as_json) as shown, shown.counting("tuning", "problems") as progress:
+        rows = tuning.tune(
+            loaded, tuple(tokens or tuning.TOKENS), candidates=candidates, again=again, progress=progress
+        )
+    path = measured.path_of(measured.identity(loaded.device))
+    if as_json:
+        _print({"table": str(path), "device": torch.cuda.get_device_name(loaded.device), "problems": rows}, True)
+        return
+    console.print(tuning.rich_table(rows))
+    console.print(f"{torch.cuda.get_device_name(loaded.device)}: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def info(
     path: Annotated[
         pathlib.Path | None, typer.Argument(help="A checkpoint of any kind; without it, what runs here.")

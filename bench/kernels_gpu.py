@@ -24,7 +24,6 @@ import functools
 import math
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -34,9 +33,10 @@ import typer
 from torch import Tensor
 
 from acip_kernels import files, report
-from acip_kernels.ops.fused_linear import op
+from acip_kernels.ops.fused_linear import measured, op
 from acip_kernels.ops.masked_svd_linear.op import masked_svd_linear
 from acip_kernels.ops.quantize import Quantized, quantize
+from acip_kernels.ops.timing import CACHES, MOST_COPIES, Timer
 
 from .decode_cpu import bytes_of
 from .kernel_builds import GROUP, MODELS
@@ -45,9 +45,6 @@ from .training_step import ROOT, markdown
 FEW, MANY = (1, 4, 16), (512, 4096)
 RATIOS = (0.8, 0.5, 0.25)
 FORMATS = ("factors", "pivoted", "int8", "int4")
-# Copies of a problem's weights take this many times the L2, so that none is found there.
-CACHES = 3
-MOST_COPIES = 64
 RANK_MULTIPLE = 64
 MODES = {"silu": op.SWIGLU, "mlp": op.GATED_MLP, "": op.CONCATENATE}
 
@@ -231,50 +228,6 @@ def _straight_through(z: Tensor, gates: Tensor, mask: Tensor, U: Tensor) -> Tens
 # ---- timing
 
 
-class Timer:
-    """Times variants in turns: replays of CUDA graphs, or with `eager` the calls themselves."""
-
-    def __init__(self, device: torch.device, eager: bool):
-        self.device, self.eager = device, eager or device.type != "cuda"
-
-    def prepare(self, variant: Variant) -> Callable[[], object]:
-        def every():
-            for call in variant.calls:
-                call()
-
-        if self.device.type != "cuda":
-            return every
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles what has to be
-            every()
-        torch.cuda.current_stream().wait_stream(side)
-        if self.eager:
-            return every
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            every()
-        return graph.replay
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            started = time.perf_counter()
-            run()
-            return time.perf_counter() - started
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def measure(self, found: list[Variant], rounds: int) -> None:
-        runs = [self.prepare(variant) for variant in found]
-        for _ in range(rounds):
-            for variant, run in zip(found, runs, strict=True):
-                variant.seconds.append(self.seconds(run) / len(variant.calls))
-
-
 def streaming_rate(device: torch.device, size: int = 1 << 31, rounds: int = 20) -> float:
     """Bytes a second at which a tensor larger than any cache is read (a sum)."""
     data = torch.zeros(size // 4, device=device)
@@ -385,9 +338,13 @@ def main(
     rate, cache = streaming_rate(device), torch.cuda.get_device_properties(device).L2_cache_size
     timer, rows = Timer(device, eager), []
     typer.echo(f"{torch.cuda.get_device_name()}: reads {rate / 1e12:.2f} TB/s, L2 {cache >> 20} MiB")
+    tuned = measured.table(torch.device("cuda", torch.cuda.current_device()))
+    if tuned is not None:
+        typer.echo(f"configs of {tuned.source}, where it holds them")
 
     def keep(found: list[Variant], about: dict) -> None:
-        timer.measure(found, rounds)
+        for variant, seconds in zip(found, timer.measure([v.calls for v in found], rounds), strict=True):
+            variant.seconds += seconds
         made = rows_of(found, about, rate)
         rows.extend(made)
         typer.echo(table(made).splitlines()[-1])
@@ -406,6 +363,7 @@ def main(
     result = {
         "device": report.device_description(device) | {"triton": _version("triton")},
         "streaming_bytes_per_s": rate,
+        "tuned": tuned is not None,
         "eager": timer.eager,
         "rounds": rounds,
         "rows": rows,

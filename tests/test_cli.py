@@ -16,7 +16,7 @@ from acip_kernels import cli
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
 BATCHES = ("--batch-size", 2, "--length", 16)
-COMMANDS = ("compress", "materialize", "import", "export", "finetune", "evaluate", "info", "plot", "demo")
+COMMANDS = ("compress", "materialize", "finetune", "import", "export", "evaluate", "tune", "info", "plot", "demo")
 
 
 def acip(*arguments):

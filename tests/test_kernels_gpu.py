@@ -7,6 +7,7 @@ import torch
 from operators import error_bound
 
 from acip_kernels.ops.fused_linear import op, reference
+from acip_kernels.ops.timing import Timer
 from bench import kernels_gpu
 
 CPU = torch.device("cpu")
@@ -68,7 +69,8 @@ def test_timing_goes_in_turns_and_rows_compare_like_with_like():
     order = []
     names = ("dense", "two F.linear", "factors")
     found = [kernels_gpu.Variant(n, 100 * (i + 1), [lambda n=n: order.append(n)] * 2) for i, n in enumerate(names)]
-    kernels_gpu.Timer(CPU, eager=True).measure(found, 3)
+    times = Timer(CPU, eager=True).measure([variant.calls for variant in found], 3)
+    assert [len(some) for some in times] == [3, 3, 3]
     assert order == list(itertools.chain(*([n, n] for n in names))) * 3
     for variant, seconds in zip(found, ([4.0, 8.0, 4.0], [2.0, 4.0, 2.0], [1.0, 1.0, 1.0]), strict=True):
         variant.seconds = seconds

@@ -1,9 +1,10 @@
-"""Siblings in one call: `fuse(model)` for a model that is deployed on a CPU, and `unfuse(model)`.
+"""Siblings in one call: `fuse(model)` for a model that is deployed, and `unfuse(model)`.
 
-What has one input is computed by one call of the native operator: the q, k and v projections; gate, up, SwiGLU and
-down; and the output head, a dense layer, takes the same operator. Modules, parameters and the state stay as they are:
-what is put on is a `forward` of the instance, which `unfuse` takes off again. Where the operator does not apply
-(gradients, many tokens, a hook on a layer), the modules compute what they always did.
+What has one input is computed by one call of an operator (see `nn.fused`): the q, k and v projections; gate, up,
+SwiGLU and down; and the output head, a dense layer, takes the same operator. Modules, parameters and the state stay as
+they are: what is put on is a `forward` of the instance, which `unfuse` takes off again. Where the operator does not
+apply (gradients, many tokens, a hook on a layer, a GPU that was not measured), the modules compute what they always
+did.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ..nn import LowRankLinear, PivotLinear, fused
 from ..nn.quantized_linear import QuantizedLinear
-from ..ops.fused_linear.op import GATED_MLP
+from ..ops.fused_linear.op import CONCATENATE, GATED_MLP
 
 # What llama-like models call them; a module needs all of a row to be fused.
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -26,11 +27,11 @@ def fuse(model: nn.Module) -> nn.Module:
     `gate_proj`, `up_proj`, `down_proj` with SiLU) and are `nn.Linear`, `LowRankLinear`, `PivotLinear` or
     `QuantizedLinear`; the others stay as they are. Generating, caches, `torch.compile` and saving work as before.
 
-    Raises `RuntimeError` without the native extension.
+    Raises `RuntimeError` for a model on the CPU without the native extension.
     """
     from ..ops import extension
 
-    if not extension.available():
+    if not extension.available() and not any(parameter.is_cuda for parameter in model.parameters()):
         raise RuntimeError(f"fuse: the native kernels are {extension.missing}")
     unfuse(model)
     for module in model.modules():
@@ -59,6 +60,29 @@ def is_fused(model: nn.Module) -> bool:
     return any(
         isinstance(m.__dict__.get("forward"), _SiblingForward | _MlpForward | _HeadForward) for m in model.modules()
     )
+
+
+def fused_calls(model: nn.Module) -> list[tuple[str, fused.Fused, int]]:
+    """`(name, what is computed, mode)` of all that may be one call: groups of a fused model, and every layer."""
+    found, groups = [], set()
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, _SiblingForward) and id(forward.group) not in groups:
+            groups.add(id(forward.group))
+            found.append((f"{name.rpartition('.')[0]} q/k/v", forward.group, CONCATENATE))
+        elif isinstance(forward, _MlpForward):
+            found.append((name, forward, GATED_MLP))
+        elif isinstance(forward, _HeadForward):
+            found.append((name, forward, CONCATENATE))
+            continue
+        if type(module) in (LowRankLinear, PivotLinear) or (type(module) is QuantizedLinear and _is_whole(model, name)):
+            found.append((name, module, CONCATENATE))
+    return found
+
+
+def _is_whole(model: nn.Module, name: str) -> bool:
+    """Whether a layer is none of another layer's factors."""
+    return not isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLinear | PivotLinear)
 
 
 def _fusible(layer: nn.Module | None) -> bool:

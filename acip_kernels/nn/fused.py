@@ -1,9 +1,13 @@
-"""Where linear layers may be computed by the native operator for few tokens, and what it is then told.
+"""Where linear layers may be computed by `ops.fused_linear` for few tokens, and what it is then told.
+
+On the CPU that is the native operator, wherever it is built. On a GPU it is the Triton kernels, where `acip tune` has
+measured on this very GPU that they are faster than torch's products for this problem.
 
 The rule (see `LowRankLinear`): reading a module's weights must be the same as calling it. So a layer is taken only if
 it, and each of its children, is exactly of a class that is known here, has no hook and no forward of its own, and holds
 plain tensors on the input's device. Looking that up takes longer than a small layer's products, so what was found is
-kept (`csrc/prepared.cpp`) and at each call compared with what is there, which takes a microsecond: no stale answer.
+kept (`csrc/prepared.cpp`, on the CPU) and at each call compared with what is there, which takes a microsecond: no stale
+answer.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ from torch.nn.modules import module as torch_modules
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import extension
+from ..ops.fused_linear import measured
 from ..ops.fused_linear.op import CONCATENATE, DENSE, DTYPES, FACTORS, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
-from ..plan import FUSED_TOKENS
+from ..plan import FUSED_TOKENS, stands_for
 from .quantized_linear import QuantizedLinear
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -25,15 +30,22 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 def takes(x: Tensor) -> bool:
     """Whether it is the native operator's kind of input: on the CPU, and nobody wants gradients or autocast."""
+    return extension.module is not None and x.device.type == "cpu" and _is_alone(x)
+
+
+def _is_alone(x: Tensor) -> bool:
+    """Whether nothing is wanted of the layers but their outputs, in a dtype that the operator has."""
     return (
-        extension.module is not None
-        and x.device.type == "cpu"
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_exporting()
         and not _has_any_global_hook()
     )
+
+
+def is_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -140,7 +152,8 @@ _GLOBAL_HOOKS = [
 def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
     """The output for `x`, or None where this is not to make it.
 
-    Above `FUSED_TOKENS` tokens a layer of two plain factors is two of torch's products, without Python between.
+    On the CPU, above `FUSED_TOKENS` tokens, a layer of two plain factors is two of torch's products, without Python
+    between.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling:
@@ -149,6 +162,8 @@ def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
             y = prepared(x)
             if y is not None:
                 return y
+    if is_gpu(x):
+        return _call_measured(fused, x, mode, compiling)
     if not takes(x):
         return None
     few, spec, tensors = x.numel() <= FUSED_TOKENS * x.shape[-1], fused.spec(), []
@@ -164,6 +179,38 @@ def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
         fused.watched(), tensors, spec, mode, x, FUSED_TOKENS, hands_over, _GLOBAL_HOOKS
     )
     return fused.prepared(x)
+
+
+def _call_measured(fused: Fused, x: Tensor, mode: int, compiling: bool) -> Tensor | None:
+    """The output on a GPU, where it was measured to be faster than torch's products.
+
+    Compiled code is taken to be replayed as a CUDA graph. All else goes by the time of a call from Python, capturing by
+    hand included: the calls that warm up have to load the very kernels that are captured, as none can be loaded then.
+    """
+    counts = measured.token_counts(x.device, compiling) if _is_alone(x) else ()
+    if not counts:
+        return None
+    spec = fused.spec()
+    width = spec[3]  # after form, flags and kind
+    if x.shape[-1] != width or x.numel() > counts[-1] * width:
+        return None
+    # The nearest number that was measured: one number even where torch's compiler keeps that of `x` open.
+    nearest = next((count for count in counts if stands_for(count, x.numel() // width)), None)
+    tensors = None if nearest is None else gpu_tensors(fused, x)
+    if tensors is None:
+        return None
+    problem = measured.problem_of(nearest, tensors, spec, mode, x.element_size())
+    if not measured.is_faster(x.device, problem, compiling):
+        return None
+    return torch.ops.acip.fused_linear(x, tensors, spec, mode)
+
+
+def gpu_tensors(fused: Fused, x: Tensor) -> list[Tensor] | None:
+    """What the Triton kernels are to read for `x`; None where they may not, or cannot."""
+    tensors = []
+    if not fused.add_tensors(x, tensors) or not all(tensor.is_contiguous() for tensor in tensors):
+        return None
+    return tensors
 
 
 def watched(layer: nn.Module, own_hooks: bool = True) -> list[tuple[nn.Module, bool]]:

@@ -30,8 +30,9 @@ class LowRankLinear(nn.Module):
 
     Args:
         in_features, out_features, rank, bias, device, dtype: as for `nn.Linear`.
-        backend: "auto" takes the native operator where `nn.fused.takes` the input, and the two children elsewhere; a
-            name runs that backend of `lowrank_linear` and raises where it cannot.
+        backend: "auto" takes the native operator where `nn.fused.takes` the input, on a GPU the Triton kernels where
+            `acip tune` has measured them to be faster, and the two children elsewhere; a name runs that backend of
+            `lowrank_linear` and raises where it cannot.
     """
 
     def __init__(self, in_features, out_features, rank, bias=True, *, device=None, dtype=None, backend="auto"):

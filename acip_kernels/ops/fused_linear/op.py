@@ -36,20 +36,30 @@ def takes(x: Tensor) -> bool:
     return extension.module is not None and x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def _outputs(tensors: list[Tensor], spec: list[int]) -> tuple[list[int], int]:
-    """The output widths of all layers, and how many multiplications they take for a token."""
-    outputs, multiplications, i, t = [], 0, 0, 0
+def matrix_rows(tensors: list[Tensor], spec: list[int]) -> list[list[int]]:
+    """The rows of each layer's matrices, which `spec` does not tell."""
+    found, i, t = [], 0, 0
     while i < len(spec):
         form, flags = spec[i], spec[i + 1]
         i += 2
         rows = []
         for _ in range(1 if form == DENSE else 2):
-            kind, cols = spec[i], spec[i + 1]
             rows.append(tensors[t].shape[0])
-            multiplications += tensors[t].shape[0] * cols
-            i, t = i + 3, t + (1, 2, 2, 3)[kind]
+            i, t = i + 3, t + (1, 2, 2, 3)[spec[i]]
         t += (form == PIVOTED) + (flags & 1) + (flags >> 1)
-        outputs.append(sum(rows) if form == PIVOTED else rows[-1])
+        found.append(rows)
+    return found
+
+
+def _outputs(tensors: list[Tensor], spec: list[int]) -> tuple[list[int], int]:
+    """The output widths of all layers, and how many multiplications they take for a token."""
+    outputs, multiplications, i = [], 0, 0
+    for rows in matrix_rows(tensors, spec):
+        outputs.append(sum(rows) if spec[i] == PIVOTED else rows[-1])
+        i += 2
+        for n in rows:
+            multiplications += n * spec[i + 1]
+            i += 3
     return outputs, multiplications
 
 

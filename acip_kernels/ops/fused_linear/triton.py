@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ...plan import DecodeConfig, Device, decode_config, device_of
+from ...plan import DecodeConfig, Device, Launch, decode_config, device_of
+from . import measured
 from .op import CONCATENATE, DENSE, FACTORS, GATED_MLP, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN, SWIGLU
 
 SIBLINGS = 3
@@ -425,12 +426,13 @@ def forward(
     tensors: list[Tensor],
     spec: list[int],
     mode: int,
-    config: DecodeConfig | None = None,
+    config: DecodeConfig | Callable[[Launch], DecodeConfig] | None = None,
     device: Device | None = None,
 ) -> Tensor:
     """As the reference, for float32, bfloat16 or float16 `x [..., in]` of up to `MOST_TOKENS` tokens.
 
-    config: of every launch; None to let `plan` choose one for each, for `device`, or the one that `x` is on.
+    config: of every launch, or what tells it for each; None to let `plan` choose, for `device`, or for the one that `x`
+    is on and by what `acip tune` has measured there.
 
     Raises `ValueError` for more tokens, more than three siblings, or a dtype that is not of these.
     """
@@ -444,11 +446,18 @@ def forward(
     siblings = layers[:2] if mode == GATED_MLP else layers
     if len(siblings) > SIBLINGS:
         raise ValueError(f"fused_linear: the Triton kernels take up to {SIBLINGS} siblings, got {len(siblings)}")
+    wrong = [layer.first.cols for layer in siblings if layer.first.cols != x.shape[-1]]
+    if wrong:
+        raise ValueError(f"fused_linear: x must be [..., {wrong[0]}], got {list(x.shape)}")
+    table = measured.table(x.device) if config is None and device is None else None
     device = device or device_of(x.device)
 
     def choose(weights: list[Matrix], **how) -> DecodeConfig:
-        shapes = [(m.rows, m.cols, m.kind, m.group) for m in weights]
-        chosen = config or decode_config(device, len(rows), shapes, itemsize=x.element_size(), **how)
+        shapes = tuple((m.rows, m.cols, m.kind, m.group) for m in weights)
+        if callable(config):
+            chosen = config(Launch(len(rows), shapes, itemsize=x.element_size(), **how))
+        else:
+            chosen = config or decode_config(device, len(rows), shapes, itemsize=x.element_size(), table=table, **how)
         # The interpreter runs one launch after the other.
         return chosen if rows.device.type != "cpu" else dataclasses.replace(chosen, pdl=False)
 

@@ -1,0 +1,63 @@
+"""Time of calls on a device: in turns, and on a GPU as CUDA graphs that run through copies of the weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+Calls = list[Callable[[], object]]
+
+# Weights and their copies together take this many times the L2, so that none is found there.
+CACHES = 3
+MOST_COPIES = 64
+
+
+class Timer:
+    """Times variants in turns: replays of CUDA graphs, or with `eager` the calls themselves.
+
+    A variant is a list of calls, one for each copy of what it reads.
+    """
+
+    def __init__(self, device: torch.device, eager: bool):
+        self.device, self.eager = device, eager or device.type != "cuda"
+
+    def prepare(self, calls: Calls) -> Callable[[], object]:
+        def every():
+            for call in calls:
+                call()
+
+        if self.device.type != "cuda":
+            return every
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles what has to be
+            every()
+        torch.cuda.current_stream().wait_stream(side)
+        if self.eager:
+            return every
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            every()
+        return graph.replay
+
+    def seconds(self, run: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            run()
+            return time.perf_counter() - started
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    def measure(self, variants: list[Calls], rounds: int) -> list[list[float]]:
+        """Seconds of one call of each variant, in every round."""
+        runs, found = [self.prepare(calls) for calls in variants], [[] for _ in variants]
+        for _ in range(rounds):
+            for calls, run, seconds in zip(variants, runs, found, strict=True):
+                seconds.append(self.seconds(run) / len(calls))
+        return found
