@@ -242,6 +242,7 @@ def compress(
     from . import data as texts
     from . import report
     from .compress import compress as run
+    from .compress.config import cast
     from .models.saving import checkpoint_dtype
 
     settings = _configuration(method, recipe, steps, config)
@@ -258,7 +259,7 @@ def compress(
         loaded, batches, settings, output=output, resume=resume, svd_cache=texts.svd_cache(model), progress=not as_json
     )
     # What is fast to compute with here is no reason to store twice the bytes.
-    result.model.to(stored_dtype or result.model.dtype)
+    cast(result.model, stored_dtype or result.model.dtype)
     target = output / "elastic"
     result.save(target, compact=compact, tokenizer=tokenizer, base_model=model, overwrite=True)
     plots = list(report.plot_history(result.history, output / "plots" / "history")) if result.history else []

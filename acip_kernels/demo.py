@@ -12,7 +12,7 @@ from . import data as texts
 from . import evaluate, files, report
 from .compress import NestedConfig, compress, materialize
 from .compress.basis import layer_covariances, whitened_svd
-from .compress.config import compute_dtype
+from .compress.config import cast, compute_dtype
 from .compress.step import with_labels
 from .models.fuse import fuse
 from .models.saving import checkpoint_dtype, save
@@ -96,8 +96,8 @@ def run_demo(
         name = f"size-{size:g}"
         with _counting(console, f"Size {size:g}") as progress:
             cut = materialize(result, size)
-            save(_as(cut, stored_dtype), output / name, tokenizer=tokenizer, base_model=source, overwrite=True)
-            cut.to(wanted)
+            save(cast(cut, stored_dtype), output / name, tokenizer=tokenizer, base_model=source, overwrite=True)
+            cast(cut, wanted)
             rows.append(
                 evaluate.table_row(cut, "nested", tokens=test, directory=output / name, progress=progress, **windows)
             )
@@ -105,7 +105,7 @@ def run_demo(
             models[len(rows) - 1] = fuse(cut) if extension.available() else cut
             samples[name] = evaluate.generate_samples(cut, tokenizer, PROMPTS, SAMPLE_TOKENS)
     cuts = {size: result.cut(size) for size in SIZES[1:]}
-    result.model.to(stored_dtype)
+    cast(result.model, stored_dtype)
     result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
     del result, dense, cut
     with _phase(console, "Speed of all sizes side by side"):
@@ -192,11 +192,6 @@ def _ranking_seconds(model, batch: dict) -> float:
         whitened_svd(weight_of(layers[alike[0]]).detach(), inputs[alike[0]], gradients[alike[0]])
         total += len(alike) * (time.monotonic() - start)
     return total
-
-
-def _as(model, dtype):
-    model.to(dtype)
-    return model
 
 
 def _bytes_of(model, dtype) -> int:

@@ -87,7 +87,7 @@ def main(
             if size is None:
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
             else:
-                model = materialize(compressed, size).to(dtype).eval()
+                model = materialize(compressed, size, dtype=dtype).eval()
             found = evaluate.tasks(model, tokenizer, evaluate.TEXT_TASKS, include_path=folder)
             samples = evaluate.generate_samples(model, tokenizer, PROMPTS, NEW_TOKENS)
             result["rows"].append({"model": name, "tasks": found, "samples": samples})

@@ -15,7 +15,18 @@ from toys import assert_close, logits
 from transformers.pytorch_utils import Conv1D
 
 import acip_kernels
-from acip_kernels import LowRankLinear, PivotLinear, Sizing, SVDLinear, evaluate, materialize
+from acip_kernels import (
+    LowRankLinear,
+    PivotLinear,
+    RankingConfig,
+    Sizing,
+    SVDLinear,
+    compress,
+    evaluate,
+    load,
+    materialize,
+    save,
+)
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.sizing import COUNTS
 
@@ -441,3 +452,19 @@ def test_a_run_stops_by_the_forms_that_it_is_told():
         ranks = torch.stack([layer.live.sum() for layer in svd_layers(result.model).values()])
         sizing = Sizing.of(result.model, adapters=False, forms=forms)
         assert result.size_ratio == sizing.ratio(ranks) <= 0.5 < sizing.ratio(ranks + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_model_in_a_narrow_dtype_is_what_is_loaded_again(family, tmp_path):
+    """Constants that no file holds, as the frequencies of rotary embeddings, are not rounded."""
+    model = toys.MODELS[family]()
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    assert any("inv_freq" in name for name in exact)
+    config = RankingConfig(calibration_batches=2, dtype="bfloat16")
+    result = compress(model, [{"input_ids": toys.token_ids(seed=seed)} for seed in range(2)], config, progress=False)
+    for source in (result, toys.toy_result(toys.MODELS[family]())):
+        small = materialize(source, 0.6, dtype=torch.bfloat16)
+        buffers = dict(small.named_buffers())
+        assert all(torch.equal(buffers[name], values) for name, values in exact.items())
+        save(small, tmp_path, overwrite=True)
+        assert torch.equal(load(tmp_path)(toys.token_ids()).logits, small(toys.token_ids()).logits)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 import torch
+from torch import nn
 
 from ..plan import ROUTES
 
@@ -206,3 +207,21 @@ def compute_dtype(dtype: str, device: torch.device) -> torch.dtype:
     else:
         fast = True
     return torch.bfloat16 if fast else torch.float32
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model.to(dtype)`, in place, but for the buffers that no file holds, as `from_pretrained` leaves them.
+
+    Those are constants like the frequencies of rotary embeddings: in bfloat16 they would turn by a wrong angle, at a
+    thousand tokens by a radian, while the saved model, loaded again, has the right ones.
+    """
+    kept = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers.get(name) is not None
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+    return model

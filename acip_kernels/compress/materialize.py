@@ -16,6 +16,7 @@ from ..nn.pivot_linear import pack_bits, unpack_bits
 from ..nn.quantized_linear import QuantizedLinear
 from ..ops.quantize import Quantized, Scheme
 from .basis import damped_cholesky
+from .config import cast
 from .factorize import svd_layers
 from .pivot import pivot_form
 from .quantized import quantized_tensors, rounding_metric
@@ -213,7 +214,7 @@ def materialize(
         if attached is not None:
             model.hf_quantizer = attached
     if dtype is not None:
-        new.to(dtype)
+        cast(new, dtype)
     for parameter in new.parameters():
         parameter.requires_grad_(True)
     if quantizer.is_transformers(new):

@@ -17,7 +17,7 @@ from ..models.distill import DistillationLoss
 from ..models.targets import is_conv1d, linear_layers
 from ..nn import SVDLinear
 from ..nn.nested_linear import NestedLinear
-from .config import compute_dtype
+from .config import cast, compute_dtype
 from .factorize import replace_modules, svd_layers
 from .loop import TrainingLoop, random_state_of
 from .methods import RankingConfig, rank_singular_values
@@ -104,7 +104,7 @@ class RankingRun(TrainingLoop):
     optimizer = None
 
     def prepare(self) -> None:
-        self.model.to(compute_dtype(self.config.dtype, self.device))
+        cast(self.model, compute_dtype(self.config.dtype, self.device))
         if not any(hasattr(module, "set_live") for module in self.model.modules()):
             self.rank()
         if quantizer.is_transformers(self.model):

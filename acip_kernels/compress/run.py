@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models import quantizer
 from ..models.targets import choose_targets, linear_layers
 from .basis import input_covariances
-from .config import CompressionConfig, compute_dtype
+from .config import CompressionConfig, cast, compute_dtype
 from .factorize import factorize, svd_layers
 from .loop import TrainingLoop, random_state_of
 from .methods import RankingConfig
@@ -78,7 +78,7 @@ class ACIPRun(TrainingLoop):
 
     def prepare(self) -> None:
         config = self.config
-        self.model.to(compute_dtype(config.dtype, self.device))
+        cast(self.model, compute_dtype(config.dtype, self.device))
         if not any(hasattr(module, "set_live") for module in self.model.modules()):
             covariances = None
             if config.basis == "activations":
