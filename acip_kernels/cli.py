@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
@@ -764,6 +765,75 @@ def tune(
         return
     console.print(tuning.rich_table(rows))
     console.print(f"{torch.cuda.get_device_name(loaded.device)}: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Directory of any kind, or hub name, of a model with its tokenizer.")],
+    size_ratio: Annotated[
+        float | None, typer.Option("--size-ratio", "-s", help="The size to cut from an elastic checkpoint first.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for any that is free.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What requests call the model; its directory's name if not given.")
+    ] = None,
+    fuse: Annotated[
+        bool | None,
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Compute sibling layers in one call, see `acip_kernels.fuse`. "
+            "[default: on a CPU, with native kernels]",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    log_level: Annotated[str, typer.Option(help="info (a line for every request), warning, error.")] = "info",
+    as_json: Json = False,
+):
+    """Serve a model over HTTP as OpenAI's interface has it, on the CPU or one GPU, by transformers' server.
+
+    Example: `acip serve smol-60`
+
+    Example: `acip serve runs/smol/elastic --size-ratio 0.6 --name smol --port 8080`
+
+    Then: `curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "smol",
+    "messages": [{"role": "user", "content": "Hello"}], "stream": true}'`
+    """
+    from . import fuse as fused
+    from .ops import extension
+    from .serving import server
+
+    if log_level not in ("info", "warning", "error"):
+        raise ValueError(f"--log-level must be info, warning or error, got {log_level!r}")
+    if size_ratio is not None and not _is_elastic(model):
+        raise ValueError(f"--size-ratio cuts elastic checkpoints, and {model} is none")
+    server.check_installed()
+    on_cpu = _device(device) == "cpu"
+    if fuse and not on_cpu:
+        raise ValueError(f"--fuse is for the CPU, got --device {device}")
+    with contextlib.closing(server.listen(host, port)) as listener:
+        loaded, tokenizer = _load(model, device, dtype, size_ratio)
+        if any(hasattr(module, "set_live") for module in loaded.modules()):
+            raise ValueError(f"{model} is an elastic checkpoint, of every size: say which with --size-ratio")
+        if fuse or (fuse is None and on_cpu and extension.available()):
+            fused(loaded)
+            fuse = True
+        if tokenizer.chat_template is None:
+            console.print(
+                f"[yellow]{model} has no chat template: /v1/chat/completions will fail, /v1/completions works[/]",
+                highlight=False,
+            )
+        name = name or pathlib.Path(model).resolve().name
+        host, port = listener.getsockname()[:2]
+        about = {"model": name, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"}
+        about |= {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."), "fused": bool(fuse)}
+        if as_json:
+            typer.echo(json.dumps(about))
+        else:
+            console.print(f"{name} at {about['url']}, {about['device']}, {about['dtype']}; Ctrl-C stops it")
+        server.serve(loaded.eval(), tokenizer, name, listener, log_level=log_level)
 
 
 @app.command()

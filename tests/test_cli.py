@@ -9,14 +9,26 @@ import torch
 import toys
 from published import Published
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from acip_kernels import cli
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
 BATCHES = ("--batch-size", 2, "--length", 16)
-COMMANDS = ("compress", "materialize", "finetune", "import", "export", "evaluate", "tune", "info", "plot", "demo")
+COMMANDS = (
+    "compress",
+    "materialize",
+    "finetune",
+    "import",
+    "export",
+    "evaluate",
+    "serve",
+    "tune",
+    "info",
+    "plot",
+    "demo",
+)
 
 
 def acip(*arguments):
@@ -34,14 +46,9 @@ def as_json(*arguments):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A toy model with its tokenizer, a text, and a finished run."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("cli")
     toys.llama(max_position_embeddings=128).save_pretrained(folder / "toy")
-    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, toys.VOCABULARY)}
-    words = Tokenizer(models.WordLevel(words, unk_token="w2"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(folder / "toy")
+    toys.tokenizer().save_pretrained(folder / "toy")
     pick = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, toys.VOCABULARY, (3000,), generator=pick).tolist()
     (folder / "text.txt").write_text(" ".join(f"w{token}" for token in tokens))

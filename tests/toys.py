@@ -1,6 +1,7 @@
 """Tiny random models of every kind, and results as a run leaves them, without a run."""
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -8,6 +9,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -77,6 +79,15 @@ def _with_biases(model):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def tokenizer():
+    """A word for every token of the models' vocabulary, `w2`, `w3` …, and a chat template."""
+    words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, VOCABULARY)}
+    words = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w3"
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", chat_template=template)
 
 
 def token_ids(batch=2, length=12, seed=7):

@@ -1,0 +1,1 @@
+"""Compressed models behind other people's servers: transformers' own, and vLLM's."""
