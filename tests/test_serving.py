@@ -1,6 +1,7 @@
 """`acip serve`: a compressed model over HTTP, asked by OpenAI's own client, and what is told when it cannot start."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import acip_kernels
 from acip_kernels import cli
 from acip_kernels.ops import extension
 from acip_kernels.serving import server
+from bench.readme import ROOT
 
 MESSAGES = [{"role": "user", "content": "w5 w9 w17"}]
 TOKENS = 12
@@ -73,7 +75,7 @@ def words(text):
     return toys.tokenizer()(text)["input_ids"]
 
 
-def test_a_materialized_model_streams_what_generate_writes(directories):
+def test_a_materialized_model_streams_what_generate_writes(directories, capsys):
     path = directories / "small model"
     fused = extension.available()
     model = acip_kernels.load(path, dtype=torch.float32, fuse=fused)
@@ -102,6 +104,11 @@ def test_a_materialized_model_streams_what_generate_writes(directories):
             client.chat.completions.create(**request | {"model": "gpt2"})
         with pytest.raises(openai.UnprocessableEntityError, match="Unexpected fields.*wishes"):
             client.chat.completions.create(**request, extra_body={"wishes": 3})
+
+        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text("utf-8"), re.DOTALL)
+        example = example.replace("http://localhost:8000/v1", served.about["url"]).replace("smol-60", name)
+        exec(example, {})
+        assert len(words(capsys.readouterr().out)) > 0
 
         # Stopped in the middle of an answer: it has some seconds to end, and then is cut off.
         stream = client.chat.completions.create(**request | {"max_tokens": 100_000}, stream=True)

@@ -362,6 +362,12 @@ def test_a_rank_that_the_layer_cannot_have(vllm):
         vllm.RowParallelLinear(IN, 9, False, torch.float32, config, "o_proj")
 
 
+def test_layers_whose_factors_vllm_would_transpose(vllm):
+    config, _ = config_of(vllm, modules(PARTS["pivoted"]), "h.0.attn.c_attn", ())
+    with pytest.raises(ValueError, match=r"vLLM would transpose the factors of h.0.attn.c_attn"):
+        vllm.ColumnParallelLinear(IN, [10], False, torch.float32, config, "h.0.attn.c_attn")
+
+
 def test_one_layer_of_the_checkpoint_that_vllm_splits(vllm):
     """As Phi-3 has them: whole it is served, divided among processes it is refused."""
     (layer,) = modules([("factors", 16, 4)])

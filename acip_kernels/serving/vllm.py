@@ -33,6 +33,9 @@ from ..ops.pivot_linear.reference import place
 
 log = logging.getLogger("acip_kernels")
 
+# Whatever is called `weight` below these names vLLM's GPT-2 transposes as it loads; square factors would hide that.
+_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
+
 
 def register() -> None:
     """Make vLLM load models whose `quant_method` is "acip". May be called more than once."""
@@ -92,6 +95,8 @@ class AcipVllmConfig(QuantizationConfig):
         names = self.parts(prefix)
         if not any(name in self.ranks for name in names):
             return UnquantizedLinearMethod()
+        if prefix.rpartition(".")[2] in _TRANSPOSED:
+            raise ValueError(f"vLLM would transpose the factors of {prefix}, as of GPT-2: serve it with `acip serve`")
         return AcipLinearMethod(self, names)
 
     def parts(self, prefix: str) -> list[str]:
