@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable
 
@@ -59,6 +61,10 @@ def serve(model: nn.Module, tokenizer, name: str, listener: socket.socket, *, lo
 
     app = application(lambda: (model, tokenizer), name)
     config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=_GRACE)
+    # Of an answer that is cut off in the end one line tells, not where its task was.
+    logging.getLogger("uvicorn.error").addFilter(
+        lambda record: not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+    )
     # uvicorn raises the SIGINT that it stopped for once more.
     with contextlib.closing(listener), contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
