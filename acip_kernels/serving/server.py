@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import socket
@@ -68,6 +69,9 @@ def serve(model: nn.Module, tokenizer, name: str, listener: socket.socket, *, lo
     # uvicorn raises the SIGINT that it stopped for once more.
     with contextlib.closing(listener), contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
+    # An answer that was cut off ends with its next token; Python must not end in the middle of it.
+    with contextlib.suppress(concurrent.futures.TimeoutError):
+        app.state.generation.get_manager(name).submit(lambda: None).result(timeout=_GRACE)
 
 
 def application(load: Callable[[], tuple], name: str):
@@ -110,6 +114,7 @@ def application(load: Callable[[], tuple], name: str):
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
     )
+    app.state.generation = state
     app.add_exception_handler(HTTPException, _error)
     app.add_exception_handler(ValueError, _error)
     return app
