@@ -7,6 +7,8 @@ registers the format, once.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import math
 from collections.abc import Iterable
@@ -161,6 +163,12 @@ class AcipQuantizer(HfQuantizer):
             return False
         return True
 
+    def get_state_dict_and_metadata(self, model, **kwargs):
+        # Called as a model is saved, whose layers may be others by now: those that an adapter was merged into.
+        if self.quantization_config.kind == "materialized":
+            _describe_ranks(model)
+        return super().get_state_dict_and_metadata(model, **kwargs)
+
     @property
     def is_trainable(self):
         return True
@@ -191,6 +199,7 @@ def layers_to_replace(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Mo
 
 def put_layers(model: nn.Module, config: AcipConfig) -> None:
     """Replace linear layers by those that `config` names, on the same device, to load a state into."""
+    _teach_peft()
     scheme, dense = config.scheme, set(config.quantized.get("dense", ()))
     for name, layer in layers_to_replace(model, [*config.ranks, *sorted(dense)]).items():
         out_features, in_features = weight_of(layer).shape
@@ -199,7 +208,8 @@ def put_layers(model: nn.Module, config: AcipConfig) -> None:
             new = QuantizedLinear(in_features, out_features, layer.bias is not None, **scheme.options, **like)
         else:
             rank = config.ranks[name]
-            if rank > min(in_features, out_features):
+            # Beyond full rank are layers that adapters were merged into; but no file needs to hold whatever it likes.
+            if rank > (min(in_features, out_features) if name in config.pivoted else in_features + out_features):
                 raise ValueError(
                     f"quantization_config: ranks[{name!r}] is {rank}, but the layer is [{out_features}, {in_features}]"
                 )
@@ -257,9 +267,8 @@ def attach_factorized(model: PreTrainedModel) -> None:
 
 def attach_materialized(model: PreTrainedModel, **about) -> None:
     """Put what `model`'s layers are into its config, so that `save_pretrained` and loading work."""
-    lowrank = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear | PivotLinear)}
-    ranks = {name: module.rank for name, module in lowrank.items()}
-    pivoted = [name for name, module in lowrank.items() if isinstance(module, PivotLinear)]
+    _teach_peft()
+    ranks, pivoted = _ranks(model)
     fields = describe(model.config, ranks, pivoted, **about)
     known = (fields or {}).get("quantized", {}).get("dense", ())
     strange = [name for name in quantized_layers(model) if name not in known and name.rpartition(".")[0] not in ranks]
@@ -286,6 +295,55 @@ def describe(config, ranks: dict[str, int], pivoted: list[str], *, size_ratio: f
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return None
+
+
+def _ranks(model: nn.Module) -> tuple[dict[str, int], list[str]]:
+    """The ranks of all low-rank layers by name, and the names of the pivoted ones."""
+    lowrank = {n: m for n, m in model.named_modules() if isinstance(m, LowRankLinear | PivotLinear)}
+    return {n: m.rank for n, m in lowrank.items()}, [n for n, m in lowrank.items() if isinstance(m, PivotLinear)]
+
+
+def _describe_ranks(model: PreTrainedModel) -> None:
+    """Bring `model`'s config up to date with the ranks of its layers; `factorized` and `stored` follow."""
+    fields = model.config.quantization_config
+    fields = fields if isinstance(fields, dict) else fields.to_dict()
+    old, old_pivoted = fields.get("ranks", {}), fields.get("pivoted", [])
+    ranks, pivoted = _ranks(model)
+    if ranks.keys() != old.keys() or (ranks == old and pivoted == old_pivoted):
+        return  # adapters are on them, which are saved by themselves; or nothing has changed
+    dense = was = now = 0
+    for name in ranks:
+        layer = model.get_submodule(name)
+        sizes = layer.out_features, layer.in_features
+        dense += sizes[0] * sizes[1]
+        was += _numbers(old[name], *sizes, name in old_pivoted)
+        now += _numbers(ranks[name], *sizes, name in pivoted)
+    new = fields | {"ranks": ranks, "pivoted": pivoted}
+    ratio = fields.get("factorized")
+    if ratio is not None and ratio != 1:
+        # Layers kept dense count as well. How much they hold follows from what the ratio was.
+        kept = (ratio * dense - was) / (1 - ratio)
+        new["factorized"] = (kept + now) / (kept + dense)
+    if "stored" in fields:
+        held = sum({id(t): t.numel() for t in model.state_dict(keep_vars=True).values()}.values())
+        new["stored"] = fields["stored"] * held / (held - now + was)
+    model.config.quantization_config = new
+    model.hf_quantizer.quantization_config = AcipConfig(**new)
+
+
+def _numbers(rank: int, out_features: int, in_features: int, pivoted: bool) -> int:
+    """How many numbers a layer of this rank stores."""
+    bits = -(-out_features // 8) if pivoted else 0
+    return rank * (out_features + in_features - (rank if pivoted else 0)) + bits
+
+
+def _teach_peft() -> None:
+    """Where PEFT is installed, its LoRA learns our layers, before anybody puts an adapter on them."""
+    if importlib.util.find_spec("peft") is not None:
+        try:
+            importlib.import_module(".lora", __package__)
+        except ImportError as error:
+            log.warning("the installed PEFT cannot put adapters on low-rank layers by their names: %s", error)
 
 
 def _be_ordinary(model: PreTrainedModel) -> None:
