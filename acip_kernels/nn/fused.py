@@ -12,6 +12,7 @@ answer.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Protocol
 
 import torch
@@ -54,9 +55,18 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Whether `module` has a forward of its own."""
+    forward = module.__dict__.get("forward")
+    if type(forward) is MethodType and forward.__self__ is module:
+        # Its class's is none; accelerate leaves it there as it takes its hooks off.
+        return forward.__func__ is not type(module).forward
+    return forward is not None
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling `module` is calling its class's forward and nothing else."""
-    return not (has_hooks(module) or "forward" in module.__dict__)
+    return not (has_hooks(module) or has_forward(module))
 
 
 def matrix_spec(linear: nn.Module) -> tuple[int, int, int]:
@@ -73,7 +83,7 @@ def add_matrix(linear: nn.Module, x: Tensor, tensors: list[Tensor], *, forward: 
     forward: the layer may have a forward of its own, as it is the caller's.
     """
     kind = type(linear)
-    if has_hooks(linear) or ("forward" in linear.__dict__ and not forward):
+    if has_hooks(linear) or (has_forward(linear) and not forward):
         return False
     if kind is nn.Linear:
         weight = linear._parameters.get("weight")  # a parametrized weight is no parameter any more
