@@ -609,7 +609,10 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="LM-Eval task (repeatable); paper for the paper's seven; text for two made of --data, without a hub."
+            "--task",
+            "--tasks",
+            help="LM-Eval task (repeatable, or a list with commas); paper for the paper's seven; text for two made of "
+            "--data, without a hub.",
         ),
     ] = None,
     include_path: Annotated[
@@ -634,6 +637,7 @@ def evaluate(
     from . import evaluate as measure
     from . import files, report
 
+    task = [name for one in task or () for name in one.split(",") if name]
     loaded, tokenizer = {}, None
     for name in models:
         for ratio in size_ratio if size_ratio and _is_elastic(name) else [None]:
@@ -646,7 +650,7 @@ def evaluate(
     if size_ratio and not any(_is_elastic(name) for name in models):
         raise ValueError("--size-ratio cuts elastic checkpoints, and none of the models is one")
     articles = None if data is None else list(texts.read_texts(data, column=column))
-    if "text" in (task or ()) and articles is None:
+    if "text" in task and articles is None:
         raise ValueError("--task text makes tasks of a text: name it with --data")
     tokens = None if articles is None else texts.tokenize(tokenizer, articles)
     rows = []
@@ -696,6 +700,26 @@ def evaluate(
             console.print(f"\n[bold]{row['method']}[/]: [dim]{text}[/]{sample}", highlight=False)
         for name, metrics in row.get("tasks", {}).items():
             console.print(f"[bold]{row['method']}[/] {name}: {metrics}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    program: Annotated[
+        str, typer.Argument(help="A Python file, a command of an installed package (lm_eval), or a module.")
+    ],
+):
+    """Another program that loads compressed models: all that follows its name is its own command line.
+
+    Example: `acip run lm_eval --model hf --model_args pretrained=smol-60 --tasks piqa`
+
+    Example: `acip run train.py --epochs 3`
+    """
+    from .launch import run_program
+
+    run_program(program, context.args)
 
 
 @app.command()

@@ -1,6 +1,9 @@
 """The command line: every command on a toy model, its JSON, its help, its mistakes."""
 
 import json
+import logging
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -12,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from acip_kernels import cli
+from acip_kernels import cli, launch
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
 BATCHES = ("--batch-size", 2, "--length", 16)
@@ -25,6 +28,7 @@ COMMANDS = (
     "evaluate",
     "serve",
     "tune",
+    "run",
     "info",
     "plot",
     "demo",
@@ -234,6 +238,82 @@ def test_the_table_is_for_people(base):
     assert "toy" in result.stderr and "peak memory" in result.stderr
 
 
+def write_task(folder, name):
+    """A task of LM-Eval's that is all here: which of two words follows."""
+    examples = [{"text": f"w{i} w{i + 1}", "choices": [f"w{i + 2}", f"w{i + 3}"], "label": i % 2} for i in range(3, 9)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(folder / f"{name}.jsonl")},
+        "test_split": "train",
+        "output_type": "multiple_choice",
+        "doc_to_text": "text",
+        "doc_to_target": "label",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task))  # JSON is YAML
+
+
+def test_tasks_by_evaluate_and_by_lm_eval_itself(base, tmp_path, monkeypatch):
+    """`evaluate --tasks` in one command; and LM-Eval's own, which finds the format because `run` imports us."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    _, summary = base
+    as_json("materialize", summary["elastic"], "-s", 0.5, "-o", tmp_path / "small")
+    for name in ("one", "two"):
+        write_task(tmp_path, name)
+    options = ("--tasks", "one,two", "--include-path", tmp_path)
+    result = as_json("evaluate", tmp_path / "small", "--no-speed", *options, "--limit", 4)
+    ours = result["rows"][0]["tasks"]
+    assert set(ours) == {"one", "two"} and 0 <= ours["one"]["acc"] <= 1
+
+    arguments = ("--model", "hf", "--model_args", f"pretrained={tmp_path / 'small'},dtype=float32", "--device", "cpu")
+    arguments += ("--tasks", "one,two", "--include_path", tmp_path, "--limit", "4", "--output_path", tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["acip"])  # put back afterwards
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    outcome = CliRunner().invoke(cli.app, ["run", "lm_eval", *map(str, arguments)])
+    assert outcome.exit_code == 0, outcome.output
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    assert {name: theirs[name]["acc,none"] for name in ours} == {name: ours[name]["acc"] for name in ours}
+
+
+def test_run_is_python_with_the_import(tmp_path, monkeypatch, capsys):
+    program = (
+        "import sys, helper\nprint('acip_kernels' in sys.modules, sys.argv[1:], __name__)\nsys.exit(helper.STATUS)"
+    )
+    (tmp_path / "program.py").write_text(program)
+    (tmp_path / "helper.py").write_text("STATUS = 3")
+    expected = "True ['--help', '-x', '--json', 'y'] __main__\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "acip_kernels", "run", "program.py", "--help", "-x", "--json", "y"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(pathlib.Path(cli.__file__).parent.parent)},
+    )
+    assert (done.returncode, done.stdout) == (3, expected), done.stderr
+    # And as a module, in this process.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["acip"])
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    with pytest.raises(SystemExit) as stop:
+        launch.run_program("program", ["--help", "-x", "--json", "y"])
+    assert stop.value.code == 3 and capsys.readouterr().out == expected
+    # An error of the program's is shown as Python shows it.
+    (tmp_path / "helper.py").write_text("raise ValueError('its own')")
+    sys.modules.pop("helper")
+    with pytest.raises(SystemExit) as stop:
+        launch.run_program("program.py", [])
+    assert stop.value.code == 1 and 'helper.py", line 1' in capsys.readouterr().err
+
+
 def test_help_of_every_command_shows_an_example():
     assert all(command in acip("--help") for command in COMMANDS)
     for command in COMMANDS:
@@ -258,6 +338,8 @@ def test_compress_has_every_field_of_the_configuration():
         (("materialize", "{toy}", "-s", "0.5", "-o", "x"), "is not an elastic checkpoint"),
         (("materialize", "{elastic}", "-s", "0.5", "-o", "x", "--quantize", "int3"), "one of int8, int4, got 'int3'"),
         (("materialize", "{elastic}", "-s", "0.5", "-o", "x", "-d", "{text}"), "--data is for --quantize"),
+        (("run", "nowhere"), "nowhere is no Python file, no command of an installed Python package, and no module"),
+        (("run", "nowhere.py"), "nowhere.py is no file"),
         (("info", "nowhere"), "nowhere is not a directory"),
         (("plot", "nowhere"), "nowhere does not exist"),
         (("plot", "{toy}"), "holds nothing to plot"),
