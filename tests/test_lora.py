@@ -344,6 +344,23 @@ def test_what_a_low_rank_layer_cannot_take_is_said(options, message):
         adapted(One(layer(LowRankLinear)), ["proj"], **options)
 
 
+@pytest.mark.parametrize("kind", [LowRankLinear, PivotLinear])
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
+def test_what_needs_a_dense_weight_works_on_the_factors(kind, options):
+    base = layer(kind, torch.float32)
+    x = torch.randn(4, 20)
+    with torch.no_grad():
+        plain = base(x)
+    model = adapted(One(base), "all-linear", trained=False, **options)
+    torch.testing.assert_close(model(x), plain, rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    changed = model(x)
+    assert not torch.allclose(changed, plain, atol=1e-2)
+    torch.testing.assert_close(model.merge_and_unload()(x), changed, rtol=1e-4, atol=1e-4)
+
+
 def hook_a_child(base):
     next(base.children()).register_forward_hook(lambda *_: None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Why there are no native kernels; None where there are.
 missing: str | None = None
 try:
-    from .. import _native as module
+    # Not `from .. import`, by which what is not there and what cannot be loaded are the same error.
+    module = importlib.import_module(".._native", __package__)
 except ModuleNotFoundError:
     module = None
     missing = "not built: install with a C++ compiler and --no-build-isolation"
