@@ -885,10 +885,8 @@ def info(
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
     fields = files.read_json(path / "config.json")
-    acip = fields.get("quantization_config", {})
-    about = {"path": str(path), "model_type": fields.get("model_type"), "kind": "dense"}
-    if acip.get("quant_method") == "acip":
-        about["kind"] = acip["kind"]
+    acip = _acip_fields(path)
+    about = {"path": str(path), "model_type": fields.get("model_type"), "kind": acip.get("kind", "dense")}
     if is_published(fields):
         about |= {"kind": "published ACIP checkpoint", "model_type": fields.get("model_type")}
         about["base_model"] = base_name(fields)
@@ -940,11 +938,11 @@ def plot(
 
     Example: `acip plot runs/smol`
     """
-    from . import files, report
+    from . import report
 
     if source.is_file():
         target = output or source.parent / "plots"
-        written = report.plot_perplexity(files.read_json(source)["rows"], target / f"perplexity-{x}", x=x)
+        written = report.plot_perplexity(_rows(source), target / f"perplexity-{x}", x=x)
     elif source.is_dir():
         target, written = output or source / "plots", ()
         histories = [file for file in (source / "history.jsonl", source.parent / "history.jsonl") if file.exists()]
@@ -962,7 +960,7 @@ def plot(
                 target / f"ranks-{ratio:g}",
             )
         elif (checkpoint / "config.json").exists():
-            acip = files.read_json(checkpoint / "config.json").get("quantization_config", {})
+            acip = _acip_fields(checkpoint)
             if acip.get("ranks"):
                 written += report.plot_ranks(_stored_ranks(checkpoint, acip["ranks"]), target / "ranks")
     else:
@@ -1034,7 +1032,7 @@ def _load(name: str, device: str, dtype: str, size_ratio: float | None = None):
         model = load(name, size_ratio, **options)
     else:
         try:
-            model = AutoModelForCausalLM.from_pretrained(name, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
         except OSError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{name} is neither a directory nor a model that can be fetched: {reason}") from None
@@ -1048,7 +1046,7 @@ def _tokenizer(*names):
     names = [name for name in names if name is not None]
     for name in names:
         try:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError):
             continue
     raise ValueError(f"{names[0]} holds no tokenizer: copy its files there, or name the model that has it")
@@ -1079,11 +1077,30 @@ def _is_elastic(path) -> bool:
     from . import files
     from .models.foreign import is_published
 
-    file = pathlib.Path(path) / "config.json"
-    if not file.exists():
+    path = pathlib.Path(path)
+    if not (path / "config.json").exists():
         return False
-    fields = files.read_json(file)
-    return is_published(fields) or fields.get("quantization_config", {}).get("kind") == "elastic"
+    return is_published(files.read_json(path / "config.json")) or _acip_fields(path).get("kind") == "elastic"
+
+
+def _acip_fields(path: pathlib.Path) -> dict:
+    """What a directory's config.json says in this package's format, checked; nothing for any other."""
+    from . import files
+    from .models.quantizer import AcipConfig
+
+    fields = files.read_json(path / "config.json").get("quantization_config")
+    ours = isinstance(fields, dict) and fields.get("quant_method") == "acip"
+    return AcipConfig(**fields).to_dict() if ours else {}
+
+
+def _rows(path: pathlib.Path) -> list[dict]:
+    """The rows of what `evaluate -o` wrote."""
+    from . import files
+
+    rows = files.read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} has no rows: it is not what `acip evaluate -o` writes")
+    return rows
 
 
 def _ranks(cut) -> dict[str, tuple[int, int]]:

@@ -188,10 +188,14 @@ def _convert(directory, gguf_file, target):
 
     dequantize = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        directory, gguf_file=gguf_file, quantization_config=dequantize, dtype=torch.bfloat16
+        directory,
+        gguf_file=gguf_file,
+        quantization_config=dequantize,
+        dtype=torch.bfloat16,
+        trust_remote_code=False,
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file).save_pretrained(target)
+    AutoTokenizer.from_pretrained(directory, gguf_file=gguf_file, trust_remote_code=False).save_pretrained(target)
 
 
 def _log(log, line):

@@ -49,8 +49,8 @@ def run_demo(
         articles = texts.demo_texts(cache, log=console.print) if data is None else texts.read_texts(data)
         where = torch.device(device)
         wanted = compute_dtype(dtype, where)
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        dense = AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        dense = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype=wanted).to(where).eval()
         # The file is written in the dtype that the model came in, whatever is fast to compute with here.
         stored_dtype = checkpoint_dtype(source) or wanted
         training, test = _split(tokenizer, articles)
@@ -109,7 +109,10 @@ def run_demo(
     result.save(output / "elastic", tokenizer=tokenizer, base_model=source, overwrite=True)
     del result, dense, cut
     with _phase(console, "Speed of all sizes side by side"):
-        models = {0: AutoModelForCausalLM.from_pretrained(source, dtype=wanted).to(where).eval(), **models}
+        models = {
+            0: AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype=wanted).to(where).eval(),
+            **models,
+        }
         options = {"new_tokens": 24, "prefill_tokens": min(512, context), "rounds": 2, "input_ids": test}
         rows = evaluate.with_speed(rows, models, **options)
 

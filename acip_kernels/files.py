@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import glob
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+
+# How deep JSON may be nested: no file of ours or of transformers is half as deep, and Python recurses over it.
+_DEEPEST = 50
 
 
 def cache_dir() -> pathlib.Path:
@@ -47,6 +53,7 @@ def write_tensors(path, tensors: dict, metadata: dict[str, str] | None = None) -
     os.close(handle)
     try:
         save_file({key: value.detach().contiguous() for key, value in tensors.items()}, name, metadata)
+        _sync(name)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException as error:
@@ -62,8 +69,9 @@ def new_directory(path, *, overwrite: bool = False):
     """A temporary directory beside `path` to write into, which becomes `path` when the block ends well.
 
     An earlier directory of that name is replaced only if `overwrite`, and only then; after an error it is as it
-    was, and nothing is left of the new one. Raises `FileExistsError` for a directory that is not empty, and for a
-    file.
+    was, and nothing is left of the new one. Of two processes that write the same directory one wins, whole; without
+    `overwrite` the other gets an error. A process that is killed leaves its unfinished `.NAME.…` beside `path`. Raises
+    `FileExistsError` for a directory that is not empty, and for a file.
     """
     path = pathlib.Path(path).resolve()  # behind a link, its target is replaced; "." gets a name
     if path.exists() and not path.is_dir():
@@ -75,20 +83,46 @@ def new_directory(path, *, overwrite: bool = False):
     try:
         yield fresh
         os.chmod(fresh, 0o777 & ~_umask())
-        if path.exists():
-            old = fresh.with_name(f"{fresh.name}.old")
-            os.replace(path, old)
-            try:
-                os.replace(fresh, path)
-            except BaseException:
-                os.replace(old, path)
-                raise
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if overwrite and path.exists():
+            old = _replace_directory(fresh, path)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            os.replace(fresh, path)
+            try:
+                os.replace(fresh, path)  # an empty directory is replaced, another is not
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                raise FileExistsError(f"{path} was written by another process in the meantime") from None
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def _replace_directory(fresh: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    """Put the directory `fresh` in the place of `path`; where the old one is now."""
+    if _exchange(fresh, path):
+        return fresh
+    old = fresh.with_name(f"{fresh.name}.old")
+    os.replace(path, old)
+    try:
+        os.replace(fresh, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    return old
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Swap two directories in one step, so that a kill finds either; False where the system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def read_tensors(path, names=None) -> dict:
@@ -126,14 +160,48 @@ def read_json(path) -> dict:
     """A JSON object. Raises `ValueError`, naming the file, if it is none."""
     path = pathlib.Path(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes(), object_pairs_hook=_without_repetition)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, dict | list)]  # fmt: skip
+    if level:
+        raise ValueError(f"{path} is nested more than {_DEEPEST} deep")
     return value
+
+
+def _without_repetition(pairs: list[tuple]) -> dict:
+    # The last of two would win, and whoever looked at the first saw something else.
+    value: dict = {}
+    for name, inner in pairs:
+        if name in value:
+            raise ValueError(f"{name!r} occurs twice in one object")
+        value[name] = inner
+    return value
+
+
+def remove_unfinished(path) -> None:
+    """Delete what a killed process left of writing the file `path`, which nobody else may be writing now."""
+    path = pathlib.Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????"):
+        left.unlink()
+
+
+def _sync(path) -> None:
+    """The file's content reaches the disk before its name does: a power failure leaves no empty file."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -577,14 +577,17 @@ def read_history(path):
     naming file and line, for any other line that is no JSON object.
     """
     rows = []
-    lines = pathlib.Path(path).read_bytes().split(b"\n")
+    try:
+        lines = pathlib.Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     torn = lines.pop()  # what follows the last newline: nothing, or a line without its end
     for number, line in enumerate([*lines, torn] if torn else lines, 1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not a JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number > len(lines):
                 break
             raise ValueError(f"{path}, line {number}: {error}") from None

@@ -140,6 +140,7 @@ def cached_svd(
     if path.exists():
         try:
             factors = files.read_tensors(path, ("U", "S", "Vh"))
+            check_factors(weight, *factors.values())
         except ValueError as error:
             log.warning("decomposing anew: %s", error)
         else:
@@ -151,6 +152,19 @@ def cached_svd(
         # The cache only saves time; the run does not need it.
         log.warning("the decomposition is not kept: %s", error)
     return U, S, Vh
+
+
+def check_factors(weight: Tensor, U: Tensor, S: Tensor, Vh: Tensor, scores: Tensor | None = None) -> None:
+    """Raises `ValueError` unless these can be the factors of `weight [out, in]`, as far as a look can tell."""
+    out, in_ = weight.shape
+    k = min(out, in_)
+    for name, tensor, shape in (("U", U, (out, k)), ("S", S, (k,)), ("Vh", Vh, (k, in_)), ("scores", scores, (k,))):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, where the layer needs {list(shape)}")
+        if tensor.dim() == 1 and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
 
 
 def svd_layers(model: nn.Module) -> dict[str, SVDLinear]:

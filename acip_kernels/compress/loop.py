@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 
+import filelock
 import torch
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class TrainingLoop:
 
     format_version: int
     first_phase: str
+    phases: tuple[str, ...]
 
     def __init__(self, model, batches, config, output, resume, svd_cache, progress, on_step):
         self.model, self.batches, self.config, self.on_step = model, batches, config, on_step
@@ -60,7 +62,7 @@ class TrainingLoop:
 
     def go(self) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.bar, self.stopping_gently():
+        with self.alone(), torch.random.fork_rng(devices), self.bar, self.stopping_gently():
             self.prepare()
             if self.device.type == "cpu" and extension.missing:
                 log.warning("plain PyTorch runs instead of the native kernels, which are %s", extension.missing)
@@ -76,6 +78,29 @@ class TrainingLoop:
             while self.phase != "done":
                 self.one_step()
         self.finish()
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Within it no other run writes to `output`; the lock goes with the process, however that ends."""
+        if self.output is None:
+            yield
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.output / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise RuntimeError(
+                f"{self.output} is in use by another run: wait for its end, or give another output directory"
+            ) from None
+        except NotImplementedError:  # a file system without locks
+            log.warning("%s cannot be locked: let no other run write there", self.output)
+        try:
+            for name in (CHECKPOINT, HISTORY):
+                files.remove_unfinished(self.output / name)
+            yield
+        finally:
+            lock.release()
 
     # ---- what is kept
 
@@ -123,13 +148,29 @@ class TrainingLoop:
     def restore(self) -> None:
         path = self.output / CHECKPOINT
         with files.open_tensors(path) as file:
-            about = json.loads((file.metadata() or {}).get("acip", "{}"))
+            try:
+                about = dict(json.loads((file.metadata() or {}).get("acip", "{}")))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{path} does not say what run it is of: {error}") from None
             if (about.get("format_version"), about.get("run")) != (self.format_version, type(self).__name__):
                 raise ValueError(
                     f"{path} is of another method, or of another version of compress(): give another output directory"
                 )
             self.check_same_run(path, about)
             tensors = {name: files.read_tensor(file, path, name) for name in list(file.keys())}
+        try:
+            self.take(about, tensors)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+    def take(self, about: dict, tensors: dict[str, Tensor]) -> None:
+        """Go back to where a checkpoint was written."""
+        step, history = about["step"], self.output / HISTORY
+        if type(step) is not int or type(about["consumed"]) is not int or about["phase"] not in self.phases:
+            raise TypeError(f"step {step!r}, phase {about['phase']!r}, {about['consumed']!r} batches")
+        rows = read_history(history)[:step]
+        if [row.get("step") for row in rows] != list(range(step)):
+            raise ValueError(f"{history} does not hold the {step} steps of {self.output / CHECKPOINT}")
         for field in ("step", "phase", "consumed", "seconds", *self.fields()):
             setattr(self, field, about[field])
         with torch.no_grad():
@@ -144,11 +185,10 @@ class TrainingLoop:
                     on = {key: self.device if key != "step" or self.device.type == "cuda" else "cpu" for key in state}
                     self.optimizer.state[parameter] = {key: value.to(on[key]) for key, value in state.items()}
         self.take_tensors(tensors)
-        rows = read_history(self.output / HISTORY)
-        self.history = [row for row in rows if row["step"] < self.step]
-        # Steps after the checkpoint are made again.
-        files.write_text(self.output / HISTORY, "".join(json.dumps(row) + "\n" for row in self.history))
         set_random_state(self.device, {k.removeprefix("random."): v for k, v in tensors.items() if "random." in k})
+        self.history = rows
+        # Steps after the checkpoint are made again.
+        files.write_text(history, "".join(json.dumps(row) + "\n" for row in rows))
 
     def check_same_run(self, path, about) -> None:
         mine, theirs = self.config.to_dict(), about["config"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import logging
 import math
 import time
 
@@ -14,15 +15,17 @@ from torch import Tensor, nn
 from .. import files
 from ..models import attention, quantizer
 from ..models.distill import DistillationLoss
-from ..models.targets import is_conv1d, linear_layers
+from ..models.targets import is_conv1d, linear_layers, weight_of
 from ..nn import SVDLinear
 from ..nn.nested_linear import NestedLinear
 from .config import cast, compute_dtype
-from .factorize import replace_modules, svd_layers
+from .factorize import check_factors, replace_modules, svd_layers
 from .loop import TrainingLoop, random_state_of
 from .methods import RankingConfig, rank_singular_values
 from .sizing import Sizing
 from .step import rank_multiple, with_labels
+
+log = logging.getLogger("acip_kernels")
 
 RANKING = "ranking.safetensors"
 
@@ -101,6 +104,7 @@ class RankingRun(TrainingLoop):
     config_class = RankingConfig
     format_version = 1
     first_phase = "done"
+    phases: tuple[str, ...] = ("done",)
     optimizer = None
 
     def prepare(self) -> None:
@@ -115,8 +119,11 @@ class RankingRun(TrainingLoop):
         """Rank, or take the ranking of the run that is resumed: it may take as long as some of the training."""
         path = None if self.output is None else self.output / RANKING
         if self.resuming and path.exists():
-            put_factors(self.model, files.read_tensors(path))
-            return
+            try:
+                put_factors(self.model, files.read_tensors(path))
+                return
+            except ValueError as error:
+                log.warning("ranking anew: %s", error)
         rank_singular_values(
             self.model, self.batches, self.config, svd_cache=self.svd_cache, counting=self.bar.counting
         )
@@ -150,6 +157,7 @@ class NestedRun(RankingRun):
 
     config_class = NestedConfig
     first_phase = "train"
+    phases = ("train", "done")
 
     def prepare(self) -> None:
         config = self.config
@@ -209,14 +217,18 @@ def ranking_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def put_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """`SVDLinear`s of `ranking_tensors` in the place of the model's layers."""
+    """`SVDLinear`s of `ranking_tensors` in the place of the model's layers. Raises `ValueError` if they do not fit."""
     layers, replacements = linear_layers(model)[0], {}
     for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+        if name not in layers:
+            raise ValueError(f"a ranking has factors of {name!r}, which is no linear layer of this model")
         old = layers[name]
-        U, S, Vh = (tensors[f"{name}.{key}"].to(old.weight.device) for key in ("U", "S", "Vh"))
+        factors = {key: tensors.get(f"{name}.{key}", torch.empty(0)) for key in ("U", "S", "Vh", "scores")}
+        check_factors(weight_of(old), *factors.values())
+        U, S, Vh, scores = (tensor.to(old.weight.device) for tensor in factors.values())
         bias = None if old.bias is None else old.bias.to(U.dtype)
         replacements[old] = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
-        replacements[old].scores.copy_(tensors[f"{name}.scores"])
+        replacements[old].scores.copy_(scores)
     replace_modules(model, replacements)
 
 

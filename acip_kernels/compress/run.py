@@ -72,6 +72,7 @@ class ACIPRun(TrainingLoop):
     config_class = CompressionConfig
     format_version = 3
     first_phase = "prune"
+    phases = ("prune", "tune", "done")
     tune_start: int | None = None
 
     # ---- before the first step

@@ -32,7 +32,8 @@ log = logging.getLogger("acip_kernels")
 # lowest version that knows what it has.
 FORMAT_VERSION = 4
 
-LAYER_OPTIONS = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
+# The largest number of float32, which options are computed in.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class AcipConfig(QuantizationConfigMixin):
@@ -50,6 +51,7 @@ class AcipConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,
         kind="materialized",
         ranks=None,
         layers=None,
@@ -60,7 +62,7 @@ class AcipConfig(QuantizationConfigMixin):
     ):
         self.quant_method = "acip"
         fields.pop("quant_method", None)
-        if format_version not in range(1, FORMAT_VERSION + 1) or isinstance(format_version, bool):
+        if type(format_version) is not int or format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
                 f"quantization_config: format_version is {format_version!r}, and this version of acip_kernels reads "
                 f"1 to {FORMAT_VERSION}: a newer acip_kernels may read it"
@@ -77,13 +79,15 @@ class AcipConfig(QuantizationConfigMixin):
         for name, rank in self.ranks.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
                 raise ValueError(f"quantization_config: ranks[{name!r}] must be a rank, got {rank!r}")
-        if not isinstance(pivoted, list | tuple) or any(name not in self.ranks for name in pivoted):
+        if not _are_names(pivoted) or any(name not in self.ranks for name in pivoted):
             raise ValueError(f"quantization_config: pivoted must be a list of names in ranks, got {pivoted!r}")
         self.pivoted = list(pivoted)
         self.quantized = _checked_quantized(quantized, self.ranks)
         short = any("full_rank" in options for options in self.layers.values())
         self.format_version = 4 if short else 3 if self.quantized else 2
         for key, value in fields.items():
+            if hasattr(type(self), key) or not _FIELDS.get(key, _anything)(value):
+                raise ValueError(f"quantization_config: {key} cannot be {value!r}")
             setattr(self, key, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,13 +101,50 @@ class AcipConfig(QuantizationConfigMixin):
         return Scheme.from_dict(fields) if fields else None
 
 
+def _are_names(value) -> bool:
+    """Whether it is a list of different strings."""
+    return (
+        isinstance(value, list | tuple) and all(type(name) is str for name in value) and len(set(value)) == len(value)
+    )
+
+
+def _is_number(value, least: float = -_LARGEST, below: float = math.inf) -> bool:
+    """Whether it is an int or a float, from `least` to below `below`, that float32 can hold."""
+    return type(value) in (int, float) and least <= value <= _LARGEST and value < below
+
+
+def _is_text(value) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _anything(value) -> bool:
+    return True
+
+
+# What the fields may be that are read again; others are kept as they are.
+_FIELDS = {
+    **dict.fromkeys(("size_ratio", "factorized", "stored", "final_size_ratio"), lambda value: _is_number(value, 0)),
+    **dict.fromkeys(("count", "adapters", "base_model", "base_name"), _is_text),
+    "compact": lambda value: isinstance(value, bool),
+    "compression": lambda value: value is None or isinstance(value, dict),
+}
+_LAYER_FIELDS = {
+    "source_type": lambda value: value in ("Linear", "Conv1D"),
+    "mask_scale": lambda value: _is_number(value, torch.finfo(torch.float32).tiny),
+    "adapter_rank": lambda value: type(value) is int and value >= 0,
+    "full_rank": lambda value: type(value) is int and value >= 1,
+    "adapter_alpha": _is_number,
+    "adapter_dropout": lambda value: _is_number(value, 0, 1),
+}
+
+
 def _checked_quantized(quantized, ranks: dict[str, int]) -> dict:
     if quantized is None:
         return {}
     if not isinstance(quantized, dict) or "dense" not in quantized:
         raise ValueError(f"quantization_config: quantized must be an object with bits and dense, got {quantized!r}")
     dense = quantized["dense"]
-    if not isinstance(dense, list | tuple) or any(not isinstance(name, str) or name in ranks for name in dense):
+    if not _are_names(dense) or any(name in ranks for name in dense):
         raise ValueError(f"quantization_config: quantized: dense must be a list of names not in ranks, got {dense!r}")
     try:
         Scheme.from_dict({key: value for key, value in quantized.items() if key != "dense"})
@@ -116,15 +157,7 @@ def _check_layer_options(name: str, options) -> None:
     if not isinstance(options, dict):
         raise ValueError(f"quantization_config: layers[{name!r}] must be an object, got {options!r}")
     for key, value in options.items():
-        if key == "source_type":
-            fits = value in ("Linear", "Conv1D")
-        elif key == "adapter_rank":
-            fits = type(value) is int and value >= 0
-        elif key == "full_rank":
-            fits = type(value) is int and value >= 1
-        else:
-            fits = key in LAYER_OPTIONS and type(value) in (int, float) and math.isfinite(value)
-        if not fits:
+        if key not in _LAYER_FIELDS or not _LAYER_FIELDS[key](value):
             raise ValueError(f"quantization_config: layers[{name!r}]: {key} cannot be {value!r}")
 
 
@@ -256,7 +289,7 @@ def quantized_layers(model: nn.Module) -> list[str]:
 def svd_layer_options(layer: SVDLinear) -> dict:
     """What `put_svd_layers` needs to make `layer` again, apart from its tensors; JSON."""
     short = {"full_rank": layer.full_rank} if layer.full_rank < min(layer.out_features, layer.in_features) else {}
-    return {name: getattr(layer, name) for name in LAYER_OPTIONS} | short
+    return {name: getattr(layer, name) for name in _LAYER_FIELDS if name != "full_rank"} | short
 
 
 def attach_factorized(model: PreTrainedModel) -> None:

@@ -8,6 +8,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import threading
 from collections.abc import Callable
 
 import torch
@@ -39,6 +41,10 @@ _MATERIALIZED = (
     *(".Vh.weight", ".U.weight", ".U.bias", ".P.weight", ".C.weight", ".is_pivot"),
     *(".qweight", ".scales", ".zeros"),
 )
+_FLOATING = ("BF16", "F16", "F32", "F64")
+# Keys of config.json whose number something is made for each of, before any weight file is looked at.
+_NUMBER_OF = re.compile(r"(layers?|labels|experts|blocks|depth)$")
+_MOST = 100_000
 _LAYER_TENSORS = ("U", "S", "Vh", "scores", "bias", "lora_A", "lora_B")
 
 
@@ -223,16 +229,22 @@ def stored_config(path: str | os.PathLike) -> CompressionConfig | RankingConfig 
     """What the elastic checkpoint `path` was made with, or None if it does not say."""
     fields = files.read_json(pathlib.Path(path) / "config.json")["quantization_config"]
     config = fields.get("compression")
-    return None if config is None else config_from_dict(config)
+    try:
+        return None if config is None else config_from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{pathlib.Path(path) / 'config.json'}: compression: {error}") from None
 
 
 def config_from_dict(fields: dict) -> CompressionConfig | RankingConfig:
     """The configuration of which `fields` is the `to_dict`. Raises `ValueError` for what this version does not know."""
     kinds = {kind.__name__: kind for kind in (CompressionConfig, NestedConfig, RankingConfig)}
     name = fields.get("config", "CompressionConfig")
-    if name not in kinds:
-        raise ValueError(f"the compression's config is {name!r}: a newer acip_kernels may know it")
-    return kinds[name].from_dict(fields)
+    if not isinstance(name, str) or name not in kinds:
+        raise ValueError(f"config is {name!r}: a newer acip_kernels may know it")
+    try:
+        return kinds[name].from_dict(fields)
+    except (TypeError, AttributeError, OverflowError) as error:  # what comparing or calculating with a text says
+        raise ValueError(f"no {name} has such fields: {error}") from None
 
 
 # ---- elastic checkpoints
@@ -339,18 +351,26 @@ class _Elastic:
                 if shape != expected[key]:
                     file = self.where[f"{name}.{key}"][1]
                     raise ValueError(f"{file}: tensor {name}.{key} is {shape}, where {expected[key]} fits the others")
+        for name, (file, shard) in self.where.items():
+            _check_floating(file, shard, name)
         self.scores = {name: self.get(f"{name}.scores") for name in self.layers}
         for name, scores in self.scores.items():
-            if bool(scores.isnan().any()) or bool((scores[1:] > scores[:-1]).any()):
+            for key, tensor in (("scores", scores), ("S", self.get(f"{name}.S"))):
+                if not bool(tensor.isfinite().all()):
+                    raise ValueError(f"{self.where[f'{name}.{key}'][1]}: tensor {name}.{key} is not finite")
+            if bool((scores[1:] > scores[:-1]).any()):
                 raise ValueError(f"{self.where[f'{name}.scores'][1]}: tensor {name}.scores is not in falling order")
 
     def check_model(self, config) -> None:
         """Every tensor of the model is there, in the shape that the model has for it; nothing is allocated."""
-        model = _empty_model(self.path, config)
+        model = _empty_model(self.path, config, self.where)
         quantizer.put_svd_layers(model, self.layers)
         masks = {f"{name}.mask" for name in self.layers}
         state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in masks}
         here = {id(tensor) for name, tensor in state.items() if name in self.where}
+        for name in self.layers:
+            if f"{name}.bias" in self.where and f"{name}.bias" not in state:
+                raise ValueError(f"{self.where[f'{name}.bias'][1]}: tensor {name}.bias is there, the layer has no bias")
         for name, tensor in state.items():
             if name not in self.where and id(tensor) in here:
                 continue  # tied to one that is there
@@ -504,9 +524,10 @@ def _stored(path, where: dict, name: str, shape: tuple[int, ...]) -> Tensor:
     found = tuple(file.get_slice(name).get_shape())
     if found != shape:
         raise ValueError(f"{shard}: tensor {name!r} is {list(found)}, but must be {list(shape)}")
+    _check_floating(file, shard, name)
     tensor = files.read_tensor(file, shard, name)
-    if bool(tensor.isnan().any()):
-        raise ValueError(f"{shard}: tensor {name!r} holds NaN")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{shard}: tensor {name!r} is not finite")
     return tensor
 
 
@@ -518,26 +539,52 @@ def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> 
     index, shards, listed = path / f"{name}.index.json", [name], {}
     if not (path / name).exists() and index.exists():
         listed = files.read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed or any(pathlib.Path(s).name != s for s in listed.values()):
-            raise ValueError(f"{index} is no index of weight files: weight_map must be {{tensor: file name}}")
+        if not isinstance(listed, dict) or not listed or not all(map(_is_shard, listed.values())):
+            raise ValueError(
+                f"{index} is no index of weight files: weight_map must be {{tensor: name of a .safetensors file}}"
+            )
         shards = sorted(set(listed.values()))
     where = {}
     for shard in shards:
         file = stack.enter_context(files.open_tensors(path / shard))
-        where |= dict.fromkeys(file.keys(), (file, path / shard))
+        for tensor in file.keys():  # noqa: SIM118, as it is no dict
+            if tensor in where:
+                raise ValueError(f"{path / shard}: tensor {tensor!r} is in {where[tensor][1].name} too")
+            where[tensor] = file, path / shard
     for tensor in listed:
         if tensor not in where:
             raise ValueError(f"{path / listed[tensor]}: tensor {tensor!r} is missing")
     return where
 
 
+def _is_shard(name) -> bool:
+    """Whether a weight file may have this name: beside its index, nowhere else."""
+    return isinstance(name, str) and name.endswith(".safetensors") and not re.search(r"[/\\\0]", name)
+
+
+def _check_floating(file, shard, name: str) -> None:
+    """A tensor is of one of the dtypes that weights are computed in; any other would be cast as it is loaded."""
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _FLOATING:
+        raise ValueError(f"{shard}: tensor {name} is {dtype}, but must be one of {', '.join(_FLOATING)}")
+
+
 def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) -> None:
     """The files are whole and hold what `config` says: from_pretrained would take random weights for the rest."""
-    model = _empty_model(path, config)
-    quantizer.put_layers(model, acip)
-    state = model.state_dict(keep_vars=True)
+    if (path / "adapter_config.json").exists():
+        # transformers would load the model that this file names, which may be any, instead of this one.
+        raise ValueError(
+            f"{path / 'adapter_config.json'}: load the model from a directory without adapters, and then these with "
+            "peft.PeftModel.from_pretrained"
+        )
     with contextlib.ExitStack() as stack:
         where = _open_shards(path, "model.safetensors", stack)
+        model = _empty_model(path, config, where)
+        quantizer.put_layers(model, acip)
+        state = model.state_dict(keep_vars=True)
+        for name, tensor in state.items():
+            if name in where and tensor.dtype.is_floating_point:
+                _check_floating(*where[name], name)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in where.items()}
         for name in acip.pivoted:
             _check_pivots(path, where, f"{name}.is_pivot", model.get_submodule(name))
@@ -610,18 +657,35 @@ def _is_renamed(model: nn.Module) -> bool:
 def described_model(path: str | os.PathLike) -> nn.Module:
     """The model that a directory's config.json describes, dense and without weights (on the meta device)."""
     path = pathlib.Path(path)
-    return _empty_model(path, _config(path))
+    with contextlib.ExitStack() as stack:
+        return _empty_model(path, _config(path), _open_shards(path, "model.safetensors", stack))
 
 
-def _empty_model(path: pathlib.Path, config) -> nn.Module:
-    """The model of `config`, without weights."""
+def _empty_model(path: pathlib.Path, config, where: dict[str, tuple]) -> nn.Module:
+    """The model of `config`, without weights, as large as the tensors of `where` (see `_open_shards`) can justify."""
+    # A layer that is cut has more tensors than the dense one; a tied matrix has fewer.
+    most, made, thread = 2 * len(where) + 64, 0, threading.get_ident()
+
+    def count(module, name, parameter):
+        nonlocal made
+        made += threading.get_ident() == thread
+        if made > most:
+            raise ValueError(f"it has over {most} weights, and the files hold {len(where)} tensors")
+
+    counting = nn.modules.module.register_module_parameter_registration_hook(count)
     try:
         with torch.device("meta"):
             model = _model_class(config)(copy.deepcopy(config))
         model.tie_weights()
-        return model
     except Exception as error:
         raise ValueError(f"{path / 'config.json'} describes no model: {error}") from error
+    finally:
+        counting.remove()
+    # Tables of positions and masks, which are made and not read.
+    made = sum(buffer.nbytes for buffer in model.buffers())
+    if made > 2**28 + 4 * sum(shard.stat().st_size for shard in {shard for _, shard in where.values()}):
+        raise ValueError(f"{path / 'config.json'} describes a model with tables of {made} bytes")
+    return model
 
 
 # ---- transformers
@@ -648,7 +712,7 @@ def checkpoint_dtype(source) -> torch.dtype | None:
     """The dtype that the weights of a hub name or directory are stored in, as far as its config says."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source).dtype
+    return AutoConfig.from_pretrained(source, trust_remote_code=False).dtype
 
 
 def _config(path: pathlib.Path):
@@ -657,14 +721,31 @@ def _config(path: pathlib.Path):
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
     fields = files.read_json(path / "config.json")
-    if not isinstance(fields.get("quantization_config") or {}, dict):
-        raise ValueError(f"{path / 'config.json'}: quantization_config is no object")
+    quantization = fields.get("quantization_config") or {}
+    if not isinstance(quantization, dict) or not isinstance(quantization.get("quant_method", ""), str):
+        raise ValueError(f"{path / 'config.json'}: quantization_config is no object with a quant_method")
     if "model_type" not in fields:
         raise ValueError(f"{path / 'config.json'} names no model_type: it is no transformers model")
+    _check_numbers_and_code(path / "config.json", fields)
     try:
-        return AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers has many kinds for a value that does not fit
         raise ValueError(f"{path / 'config.json'} describes no model: {error}") from error
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise ValueError(f"{path / 'config.json'}: dtype cannot be {fields.get('dtype')!r}")
+    return config
+
+
+def _check_numbers_and_code(file: pathlib.Path, fields: dict) -> None:
+    """No number of things that are made one by one is beyond any model, and nothing is to be fetched and run."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            _check_numbers_and_code(file, value)
+        if _NUMBER_OF.search(key) and isinstance(value, int | float) and not value <= _MOST:
+            raise ValueError(f"{file} describes no model: {key} is {value}, over {_MOST}")
+        # "owner/name" means kernels on the hub.
+        if "_implementation" in key and "/" in str(value):
+            raise ValueError(f"{file}: {key} is {value!r}, code from elsewhere, which is never run")
 
 
 def _acip_fields(config) -> dict:
@@ -691,4 +772,4 @@ def _from_pretrained(path, config, **options) -> nn.Module:
         return _model_class(config).from_pretrained(None, config=config, **options)
     if config is not None:
         options["config"] = config
-    return AutoModelForCausalLM.from_pretrained(path, **options)
+    return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)

@@ -44,7 +44,7 @@ class PivotLinear(nn.Module):
             self.C = skip_init(nn.Linear, rank, out_features - rank, bias=False, **options)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features, **options)) if bias else None)
         self.register_buffer("weight", torch.empty(0, **options))
-        self.register_buffer("is_pivot", pack_bits(torch.arange(out_features) < rank).to(options["device"]))
+        self.register_buffer("is_pivot", pack_bits(torch.arange(out_features, device=device) < rank))
         # What follows from `is_pivot`: that buffer itself, `inverse` and `place`.
         self._orders: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         if rank:
