@@ -608,7 +608,110 @@ WRONG = {
     "format_version is text": (ALL, with_fields(lambda top, ours: ours.update(format_version="1")), "format_version"),
     "unknown kind": (ALL, with_fields(lambda top, ours: ours.update(kind="liquid")), "kind is 'liquid'"),
     "a kind of memory": (ALL, with_fields(lambda top, ours: ours.update(kind="factorized")), "kind is 'factorized'"),
+    "a version of 1.0": (ALL, with_fields(lambda top, ours: ours.update(format_version=1.0)), "format_version is 1.0"),
+    "a field named as a method": (ALL, with_fields(lambda top, ours: ours.update(to_dict=1)), "to_dict cannot be 1"),
+    "a field named __class__": (ALL, with_fields(lambda top, ours: ours.update(__class__=1)), "__class__ cannot be 1"),
+    "quant_method is a list": (
+        ("elastic", "materialized"),
+        with_fields(lambda top, ours: ours.update(quant_method=["acip"])),
+        "no object with a quant_method",
+    ),
+    "config.json is a directory": (
+        ALL,
+        lambda path: ((path / "config.json").unlink(), (path / "config.json").mkdir()),
+        "config.json cannot be read: Is a directory",
+    ),
+    "config.json says a thing twice": (
+        ALL,
+        with_bytes("config.json", lambda data: data.replace(b"{", b'{"vocab_size": 3,', 1)),
+        "'vocab_size' occurs twice",
+    ),
+    "config.json is 60 deep": (
+        ALL,
+        with_bytes("config.json", lambda data: data.replace(b"{", b'{"x":' + b"[" * 60 + b"]" * 60 + b",", 1)),
+        "config.json is nested more than 50 deep",
+    ),
+    "10**9 layers": (ALL, with_fields(lambda top, ours: top.update(num_hidden_layers=10**9)), "num_hidden_layers is"),
+    "10**9 labels": (ALL, with_fields(lambda top, ours: top.update(num_labels=10**9)), "num_labels is 1000000000"),
+    "50,000 layers": (
+        ("elastic", "materialized"),
+        with_fields(lambda top, ours: top.update(num_hidden_layers=50_000)),
+        "describes no model: it has over .* weights, and the files hold",
+    ),
+    "heads of 2**40": (
+        ("elastic", "materialized"),
+        with_fields(lambda top, ours: top.update(head_dim=2**40)),
+        "describes a model with tables of",
+    ),
+    "dtype is a function of torch": (ALL, with_fields(lambda top, ours: top.update(dtype="load")), "config.json.*"),
+    "attention from the hub": (
+        ALL,
+        with_fields(lambda top, ours: top.update(_attn_implementation="someone/attention")),
+        "'someone/attention', code from elsewhere",
+    ),
     # Elastic.
+    "scores are infinite": (ELASTIC, with_tensors(lambda t: t[f"{UP}.scores"].fill_(float("inf"))), "is not finite"),
+    "singular values are NaN": (ELASTIC, with_tensors(lambda t: t[f"{UP}.S"].fill_(float("nan"))), "is not finite"),
+    "scores are int64": (
+        ELASTIC,
+        with_tensors(lambda t: t.update({f"{UP}.scores": torch.zeros(32, dtype=torch.int64)})),
+        f"{UP}.scores is I64, but must be one of BF16",
+    ),
+    "scores are of another byte order": (
+        STORED,
+        with_tensors(
+            lambda t: t.update(
+                {f"{UP}.scores": t[f"{UP}.scores"].view(torch.uint8).view(-1, 4).flip(1).view(torch.float32).flatten()}
+            )
+        ),
+        f"{UP}.scores is not",
+    ),
+    "a factor is int8": (
+        STORED,
+        with_tensors(lambda t: t.update({f"{UP}.U": t[f"{UP}.U"].to(torch.int8)})),
+        f"{UP}.U is I8",
+    ),
+    "a bias of a layer that has none": (
+        STORED,
+        with_tensors(lambda t: t.update({f"{UP}.bias": torch.zeros(48)})),
+        f"{UP}.bias is there, the layer has no bias",
+    ),
+    "an adapter_alpha of 1e308": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours["layers"][UP].update(adapter_alpha=1e308)),
+        r"adapter_alpha cannot be 1e\+308",
+    ),
+    "a mask_scale of 10**400": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours["layers"][UP].update(mask_scale=10**400)),
+        "mask_scale cannot be 1000",
+    ),
+    "a mask_scale that is False": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours["layers"][UP].update(mask_scale=False)),
+        "mask_scale cannot be False",
+    ),
+    "an adapter_rank that is True": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours["layers"][UP].update(adapter_rank=True)),
+        "adapter_rank cannot be True",
+    ),
+    "base_model is a list": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours.update(base_model=["a"])),
+        r"base_model cannot be \['a'\]",
+    ),
+    "compact is text": (ELASTIC, with_fields(lambda top, ours: ours.update(compact="no")), "compact cannot be 'no'"),
+    "final_size_ratio is NaN": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours.update(final_size_ratio=float("nan"))),
+        "final_size_ratio cannot be nan",
+    ),
+    "compression is a list": (
+        ELASTIC,
+        with_fields(lambda top, ours: ours.update(compression=[1])),
+        r"compression cannot be \[1\]",
+    ),
     "no scores": (ELASTIC, with_tensors(lambda t: t.pop(f"{UP}.scores")), f"{UP}.scores' is missing"),
     "no adapter": (ELASTIC, with_tensors(lambda t: t.pop(f"{UP}.lora_B")), f"{UP}.lora_B' is missing"),
     "no factor": (STORED, with_tensors(lambda t: t.pop(f"{UP}.Vh")), f"{UP}.Vh' is missing"),
@@ -720,6 +823,32 @@ WRONG = {
         with_fields(lambda top, ours: ours["ranks"].update({"lm_head": 3})),
         "no linear layer 'lm_head'",
     ),
+    "a rank that is True": (MATERIALIZED, with_fields(lambda top, ours: ours["ranks"].update({UP: True})), "got True"),
+    "pivoted holds lists": (
+        MATERIALIZED,
+        with_fields(lambda top, ours: ours["pivoted"].append([UP])),
+        "pivoted must be a list of names in ranks",
+    ),
+    "a layer is pivoted twice": (
+        MATERIALIZED,
+        with_fields(lambda top, ours: ours["pivoted"].append(UP)),
+        "pivoted must be a list of names in ranks",
+    ),
+    "size_ratio is text": (
+        MATERIALIZED,
+        with_fields(lambda top, ours: ours.update(size_ratio="half")),
+        "size_ratio cannot be 'half'",
+    ),
+    "a factor is of integers": (
+        MATERIALIZED,
+        with_tensors(lambda t: t.update({f"{UP}.P.weight": t[f"{UP}.P.weight"].int()})),
+        f"{UP}.P.weight is I32, but must be one of BF16",
+    ),
+    "adapters of another model": (
+        MATERIALIZED,
+        lambda path: (path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}'),
+        "adapter_config.json: load the model from a directory without adapters",
+    ),
     "ranks are a list": (
         MATERIALIZED,
         with_fields(lambda top, ours: ours.update(ranks=[3])),
@@ -744,6 +873,81 @@ def test_a_wrong_file_is_an_error_that_names_it(llama, kind, wrong, tmp_path):
     for size_ratio in (None,) if kind == "materialized" else (None, 0.5):
         with pytest.raises(ValueError, match=message):
             load(path, size_ratio)
+
+
+def in_shards(spoil):
+    """The one weight file as two, listed in an index that `spoil(weight_map)` has changed."""
+
+    def apply(path):
+        file, tensors = weight_file(path), load_file(weight_file(path))
+        file.unlink()
+        names, stem = sorted(tensors), file.name.removesuffix(".safetensors")
+        shards = {f"{stem}-0000{part + 1}-of-00002.safetensors": names[part::2] for part in (0, 1)}
+        for shard, inside in shards.items():
+            save_file({name: tensors[name] for name in inside}, path / shard, {"format": "pt"})
+        listed = {name: shard for shard, inside in shards.items() for name in inside}
+        spoil(path, listed)
+        (path / f"{file.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+
+    return apply
+
+
+def repeat_a_tensor(path, listed):
+    one, other = sorted(set(listed.values()))
+    name = next(name for name, shard in listed.items() if shard == one)
+    save_file(load_file(path / other) | {name: load_file(path / one)[name]}, path / other, {"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["elastic", "materialized"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path, listed: listed.clear(), "is no index of weight files"),
+        (lambda path, listed: listed.update(a=3), "is no index of weight files"),
+        (lambda path, listed: listed.update(a=["x.safetensors"]), "is no index of weight files"),
+        (lambda path, listed: listed.update(a=".."), "is no index of weight files"),
+        (lambda path, listed: listed.update(a=""), "is no index of weight files"),
+        (lambda path, listed: listed.update(a="../out.safetensors"), "is no index of weight files"),
+        (lambda path, listed: listed.update(a="/etc/x.safetensors"), "is no index of weight files"),
+        (lambda path, listed: listed.update(a="..\\out.safetensors"), "is no index of weight files"),
+        (lambda path, listed: listed.update(a="a\0.safetensors"), "is no index of weight files"),
+        (lambda path, listed: listed.update(a="pytorch_model.bin"), "is no index of weight files"),
+        (lambda path, listed: listed.update(a="nowhere.safetensors"), "nowhere.safetensors is missing"),
+        (lambda path, listed: listed.update(a=next(iter(listed.values()))), "tensor 'a' is missing"),
+        (repeat_a_tensor, "-00002-of-00002.safetensors: tensor .* is in .*-00001-of-00002.safetensors too"),
+    ],
+)
+def test_a_wrong_index_is_named(llama, kind, spoil, message, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(llama_path(llama, kind), path)
+    shutil.copy(weight_file(path), tmp_path / "out.safetensors")  # what a way out of the directory would find
+    in_shards(spoil)(path)
+    with pytest.raises(ValueError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (with_fields(lambda top, ours: ours.update(compression={"config": ["x"]})), r"compression: config is \['x'\]"),
+        (with_fields(lambda top, ours: ours.update(compression={"stop_ratio": "x"})), "compression: no Compression"),
+        (
+            with_fields(lambda top, ours: ours.update(compression={"config": "NestedConfig", "betas": None})),
+            "compression: no NestedConfig has such fields",
+        ),
+        (with_fields(lambda top, ours: ours.update(compression={"colour": 3})), "has no field colour"),
+        (lambda path: (path / "history.jsonl").write_bytes(b"\xff\n{}\n"), "history.jsonl, line 1"),
+        (lambda path: (path / "history.jsonl").write_bytes(b"[" * 100_000 + b"\n"), "history.jsonl, line 1"),
+        (lambda path: (path / "history.jsonl").mkdir(), "history.jsonl cannot be read"),
+    ],
+)
+def test_a_result_with_a_wrong_origin_is_named(llama, spoil, message, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(llama_path(llama, "elastic"), path)
+    spoil(path)
+    with pytest.raises(ValueError, match=message):
+        CompressionResult.load(path)
+    assert_close(logits(load(path, 0.5)), logits(materialize(llama, 0.5)))  # the model itself is whole
 
 
 @pytest.mark.parametrize("kind", ["elastic", "materialized"])
