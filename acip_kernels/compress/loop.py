@@ -40,6 +40,7 @@ class TrainingLoop:
     format_version: int
     first_phase: str
     phases: tuple[str, ...]
+    kept: tuple[str, ...] = (CHECKPOINT, HISTORY)  # files in `output`
 
     def __init__(self, model, batches, config, output, resume, svd_cache, progress, on_step):
         self.model, self.batches, self.config, self.on_step = model, batches, config, on_step
@@ -96,7 +97,7 @@ class TrainingLoop:
         except NotImplementedError:  # a file system without locks
             log.warning("%s cannot be locked: let no other run write there", self.output)
         try:
-            for name in (CHECKPOINT, HISTORY):
+            for name in self.kept:
                 files.remove_unfinished(self.output / name)
             yield
         finally:
@@ -156,12 +157,11 @@ class TrainingLoop:
                 raise ValueError(
                     f"{path} is of another method, or of another version of compress(): give another output directory"
                 )
-            self.check_same_run(path, about)
-            tensors = {name: files.read_tensor(file, path, name) for name in list(file.keys())}
-        try:
-            self.take(about, tensors)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+            try:
+                self.check_same_run(path, about)
+                self.take(about, {name: files.read_tensor(file, path, name) for name in list(file.keys())})
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
     def take(self, about: dict, tensors: dict[str, Tensor]) -> None:
         """Go back to where a checkpoint was written."""

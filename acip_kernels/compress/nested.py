@@ -105,6 +105,7 @@ class RankingRun(TrainingLoop):
     format_version = 1
     first_phase = "done"
     phases: tuple[str, ...] = ("done",)
+    kept = (*TrainingLoop.kept, RANKING)
     optimizer = None
 
     def prepare(self) -> None:

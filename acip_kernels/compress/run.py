@@ -221,7 +221,7 @@ class ACIPRun(TrainingLoop):
         return {"scores": self.map.scores, "computed": computed}
 
     def take_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.map.scores = tensors["scores"].to(self.map.scores.device)
+        self.map.scores = tensors["scores"].to(self.map.scores).view_as(self.map.scores)
         for name, keep in self.map.split(tensors["computed"]).items():
             self.layers[name].compact(keep, join=True)
         if self.phase != "prune":
