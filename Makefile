@@ -1,4 +1,5 @@
 # make demo: a real model, compressed, measured and drawn.    make test: the whole suite on a CPU.
+# make docs: pages of the public functions, from their docstrings, in build/docs.
 # make bench: what a training step costs, against LoRA on the dense model.    make gpu: tests and benchmarks on a GPU.
 #
 #   make demo MODEL=<hub name or directory> DATA=<file, directory or dataset name> ARGS="--minutes 30"
@@ -16,7 +17,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
 # Against the torch that is installed, not against one that pip would fetch for the build.
 EDITABLE := $(INSTALL) --no-build-isolation --editable
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint docs bench gpu clean
 
 demo: $(VENV)/with-demo
 	$(BIN)/acip demo --output runs/demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -27,6 +28,10 @@ test: $(VENV)/with-test
 lint: $(VENV)/with-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/with-docs
+	$(BIN)/pdoc --output-directory build/docs --docformat google acip_kernels
 
 bench: $(VENV)/with-test
 	$(BIN)/python -m bench.training_step $(ARGS)
@@ -48,6 +53,10 @@ $(VENV)/with-torch:
 
 $(VENV)/with-demo: pyproject.toml $(NATIVE) $(VENV)/with-torch
 	$(EDITABLE) ".[demo,data]"
+	touch $@
+
+$(VENV)/with-docs: pyproject.toml $(NATIVE) $(VENV)/with-torch
+	$(EDITABLE) ".[docs]"
 	touch $@
 
 $(VENV)/with-test: pyproject.toml $(NATIVE) $(VENV)/with-torch

@@ -23,7 +23,11 @@ from .models.foreign import import_checkpoint
 from .models.fuse import fuse, unfuse
 from .models.saving import load, save
 from .nn import LowRankLinear, PivotLinear, QuantizedLinear, SVDLinear
-from .ops import linear_cross_entropy, lowrank_linear, masked_svd_linear
+
+# From where they are written: to a type checker `.ops.lowrank_linear` is the folder of that name.
+from .ops.linear_cross_entropy.op import linear_cross_entropy
+from .ops.lowrank_linear.op import lowrank_linear
+from .ops.masked_svd_linear.op import masked_svd_linear
 from .version import __version__
 
 __all__ = [

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 # How deep JSON may be nested: no file of ours or of transformers is half as deep, and Python recurses over it.
 _DEEPEST = 50
@@ -169,7 +170,7 @@ def read_json(path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(inner, dict | list)]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -132,7 +133,7 @@ class CompressionConfig:
             raise ValueError("lambda_growth of 1 may never reach stop_ratio: set max_prune_steps")
 
     @classmethod
-    def short(cls, steps: int, stop_ratio: float = 0.4, **changes) -> CompressionConfig:
+    def short(cls, steps: int, stop_ratio: float = 0.4, **changes: Any) -> CompressionConfig:
         """A run that reaches `stop_ratio` in `steps` pruning steps, with a schedule scaled to their number.
 
         AdamW moves a mask by at most its learning rate a step. In a run this short the rate is such that an entry that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from .factorize import svd_layers
 from .pivot import pivot_form
 from .quantized import quantized_tensors, rounding_metric
 from .sizing import FORMS, Sizing, check_size_ratio
+
+if TYPE_CHECKING:
+    from .result import CompressionResult
 
 log = logging.getLogger("acip_kernels")
 
@@ -134,7 +138,7 @@ def model_cut(
 
 @torch.no_grad()
 def materialize(
-    model_or_result,
+    model_or_result: nn.Module | CompressionResult,
     size_ratio: float,
     *,
     count: str = "factorized",

@@ -84,7 +84,7 @@ class RankingConfig:
         return self.method == "svd"
 
     @classmethod
-    def from_dict(cls, fields: dict):
+    def from_dict(cls, fields: dict) -> RankingConfig:
         """The configuration of `to_dict`. Raises `ValueError` for a field that does not exist."""
         return cls(**known_fields(cls, fields))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def recalibrate(
     batches: Iterable[dict],
     *,
     progress: Callable[[int, int], None] | None = None,
-    **options,
+    **options: Any,
 ) -> CompressionResult:
     """Fit the factors of one size to the model at its full size, on the inputs that the cut layers before them make.
 

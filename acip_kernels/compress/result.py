@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,9 +32,9 @@ class CompressionResult:
     @property
     def scores(self) -> dict[str, Tensor]:
         """One float32 score for every singular value, `{layer: [k]}`; the lowest is pruned first."""
-        return {name: layer.scores for name, layer in svd_layers(self.model).items()}
+        return {name: layer.get_buffer("scores") for name, layer in svd_layers(self.model).items()}
 
-    def cut(self, size_ratio: float, **options) -> Cut:
+    def cut(self, size_ratio: float, **options: Any) -> Cut:
         """Which singular values stay at `size_ratio`, and what that comes to in either count; see `plan_cut`."""
         return model_cut(self.model, size_ratio, **options)
 
@@ -47,14 +49,22 @@ class CompressionResult:
             layer.set_live(cut.live[name])
         return self.model.eval()
 
-    def save(self, path, *, compact: bool = False, tokenizer=None, base_model=None, overwrite: bool = False) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        *,
+        compact: bool = False,
+        tokenizer: Any = None,
+        base_model: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
         """Write an elastic checkpoint: see `acip_kernels.save`."""
         from ..models.saving import save
 
         save(self, path, compact=compact, tokenizer=tokenizer, base_model=base_model, overwrite=overwrite)
 
     @classmethod
-    def load(cls, path, **options) -> CompressionResult:
+    def load(cls, path: str | os.PathLike, **options: Any) -> CompressionResult:
         """Read an elastic checkpoint, to cut or to save it again; `options` as for `acip_kernels.load`."""
         from ..models.saving import load_result
 

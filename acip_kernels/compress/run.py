@@ -187,8 +187,8 @@ class ACIPRun(TrainingLoop):
             self.map.masks.masked_fill_(~flat & (self.map.masks > 0), 0.0)
         self.training.update_weights(self.map.ranks(self.map.masks).tolist())
         # As if the step itself had pruned them: first time, hence -1.
-        scores, masks = self.map.scores, self.map.flat_masks()
-        self.map.scores = torch.where((scores > 0) & (masks <= 0), -torch.ones_like(scores), scores)
+        scores, after = self.map.scores, self.map.flat_masks()
+        self.map.scores = torch.where((scores > 0) & (after <= 0), -torch.ones_like(scores), scores)
         return before - int(self.map.ranks().sum())
 
     # ---- what is kept
@@ -211,7 +211,7 @@ class ACIPRun(TrainingLoop):
         return bars if tuned is None else [*bars, ("tune", tuned, config.tune_steps, about)]
 
     def named_parameters(self) -> dict[str, Tensor]:
-        return {"masks": self.map.masks} | self.training.adapters
+        return {"masks": self.map.masks, **self.training.adapters}
 
     def fields(self) -> dict:
         return {"tune_start": self.tune_start}

@@ -11,6 +11,7 @@ import pathlib
 import re
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,16 @@ _FLOATING = ("BF16", "F16", "F32", "F64")
 # Keys of config.json whose number something is made for each of, before any weight file is looked at.
 _NUMBER_OF = re.compile(r"(layers?|labels|experts|blocks|depth)$")
 _MOST = 100_000
+# `{tensor: (open file, its path)}`.
+Shards = dict[str, tuple[Any, pathlib.Path]]
 _LAYER_TENSORS = ("U", "S", "Vh", "scores", "bias", "lora_A", "lora_B")
 
 
 def save(
-    model_or_result,
+    model_or_result: nn.Module | CompressionResult,
     path: str | os.PathLike,
     *,
-    tokenizer=None,
+    tokenizer: Any = None,
     compact: bool = False,
     base_model: str | None = None,
     overwrite: bool = False,
@@ -110,7 +113,7 @@ def load(
     base_model: str | None = None,
     svd_cache: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
-    device_map=None,
+    device_map: str | dict[str, Any] | None = None,
     quantize: str | None = None,
     quantize_group: int = 64,
     quantize_symmetric: bool = False,
@@ -163,7 +166,13 @@ def load(
             )
         if acip is not None:
             _check_materialized(path, config, acip)
-        return _fused_if(fuse, _from_pretrained(path, config, dtype=dtype, device_map=device_map))
+        try:
+            model = _from_pretrained(path, config, dtype=dtype, device_map=device_map)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(f"{path}: its weights have other shapes than config.json describes: {error}") from error
+        return _fused_if(fuse, model)
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
         return _cut(model, size_ratio, fuse, cutting | rounding)
@@ -206,12 +215,12 @@ def _is_published(path: pathlib.Path) -> bool:
     return (path / "config.json").exists() and is_published(files.read_json(path / "config.json"))
 
 
-def load_result(path: str | os.PathLike, **options) -> CompressionResult:
+def load_result(path: str | os.PathLike, **options: Any) -> CompressionResult:
     """A `CompressionResult` from an elastic or published checkpoint; `options` as for `load`, without a size."""
     if _is_published(pathlib.Path(path)):
         from .foreign import import_checkpoint
 
-        return import_checkpoint(path, **options)
+        return import_checkpoint(path, **options: Any)
     model = load(path, **options)
     if not any(hasattr(module, "set_live") for module in model.modules()):
         raise ValueError(f"{path} is not an elastic checkpoint")
@@ -270,7 +279,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
             "compact: factors that were trained, or decomposed by what the activations make of them, cannot be rebuilt "
             "from the base model alone"
         )
-    tensors, seen = {}, set()
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for name, layer in layers.items():
         seen |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
         # What is rebuilt is in the order of the singular values; a loaded layer is in that of the scores.
@@ -327,7 +337,8 @@ class _Elastic:
     """The tensors of an elastic checkpoint, read as they are asked for."""
 
     def __init__(self, path: pathlib.Path, acip: quantizer.AcipConfig):
-        self.path, self.layers, self.where = path, acip.layers, {}
+        self.path, self.layers = path, acip.layers
+        self.where: Shards = {}
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
@@ -418,7 +429,8 @@ class _Elastic:
     @torch.no_grad()
     def materialized(self, cut: Cut, rounding: str) -> dict[str, Tensor]:
         """The state of the factorized layers' ordinary forms; what was pruned is not read, but for rounding's sake."""
-        state, form, scheme = {}, cut.forms, cut.sizing.scheme
+        state: dict[str, Tensor] = {}
+        form, scheme = cut.forms, cut.sizing.scheme
         for (name, options), rank in zip(self.layers.items(), cut.ranks.tolist(), strict=True):
             U, Vh = (self.where[f"{name}.{key}"][0].get_slice(f"{name}.{key}") for key in ("U", "Vh"))
             metric = None if scheme is None else rounding_metric(Vh[:], self.get(f"{name}.S"), None, rounding)
@@ -516,7 +528,7 @@ def _base_model(model: nn.Module) -> str | None:
     return fields.get("base_model", model.config._name_or_path or None)
 
 
-def _stored(path, where: dict, name: str, shape: tuple[int, ...]) -> Tensor:
+def _stored(path, where: Shards, name: str, shape: tuple[int, ...]) -> Tensor:
     """A tensor of a compact checkpoint, which must have this shape and hold numbers."""
     if name not in where:
         raise ValueError(f"{path}: tensor {name!r} is missing")
@@ -534,9 +546,10 @@ def _stored(path, where: dict, name: str, shape: tuple[int, ...]) -> Tensor:
 # ---- files of weights
 
 
-def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> dict[str, tuple]:
+def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> Shards:
     """`{tensor: (open file, its path)}` of the weight file `name`, or of the shards that its index lists."""
-    index, shards, listed = path / f"{name}.index.json", [name], {}
+    index, shards = path / f"{name}.index.json", [name]
+    listed: Any = {}
     if not (path / name).exists() and index.exists():
         listed = files.read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(map(_is_shard, listed.values())):
@@ -544,7 +557,7 @@ def _open_shards(path: pathlib.Path, name: str, stack: contextlib.ExitStack) -> 
                 f"{index} is no index of weight files: weight_map must be {{tensor: name of a .safetensors file}}"
             )
         shards = sorted(set(listed.values()))
-    where = {}
+    where: Shards = {}
     for shard in shards:
         file = stack.enter_context(files.open_tensors(path / shard))
         for tensor in file.keys():  # noqa: SIM118, as it is no dict
@@ -608,7 +621,7 @@ def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) 
         raise ValueError(f"{path}: its files hold {held} numbers, fewer than the {needed} of the model in config.json")
 
 
-def _check_pivots(path, where: dict, name: str, layer: nn.Module) -> None:
+def _check_pivots(path, where: Shards, name: str, layer: nn.Module) -> None:
     """The bits of `is_pivot` name as many outputs as the layer has pivots: others would store outputs elsewhere."""
     if name not in where:
         raise ValueError(f"{path}: tensor {name!r} is missing")
@@ -623,7 +636,7 @@ def _check_pivots(path, where: dict, name: str, layer: nn.Module) -> None:
         raise ValueError(f"{where[name][1]}: tensor {name} does not name {layer.rank} of {layer.out_features} outputs")
 
 
-def _check_quantized(path, where: dict, name: str, layer: QuantizedLinear) -> None:
+def _check_quantized(path, where: Shards, name: str, layer: QuantizedLinear) -> None:
     """Codes, scales and zeros are there, of their dtypes (which loading would cast) and of values that are possible."""
     if layer.zeros is None and f"{name}.zeros" in where:
         raise ValueError(f"{where[f'{name}.zeros'][1]}: tensor {name}.zeros is there, where config.json knows of none")
@@ -661,7 +674,7 @@ def described_model(path: str | os.PathLike) -> nn.Module:
         return _empty_model(path, _config(path), _open_shards(path, "model.safetensors", stack))
 
 
-def _empty_model(path: pathlib.Path, config, where: dict[str, tuple]) -> nn.Module:
+def _empty_model(path: pathlib.Path, config, where: Shards) -> nn.Module:
     """The model of `config`, without weights, as large as the tensors of `where` (see `_open_shards`) can justify."""
     # A layer that is cut has more tensors than the dense one; a tied matrix has fewer.
     most, made, thread = 2 * len(where) + 64, 0, threading.get_ident()

@@ -35,7 +35,17 @@ class LowRankLinear(nn.Module):
             `lowrank_linear` and raises where it cannot.
     """
 
-    def __init__(self, in_features, out_features, rank, bias=True, *, device=None, dtype=None, backend="auto"):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ):
         super().__init__()
         for name, value, least in (
             ("in_features", in_features, 1),
@@ -54,7 +64,7 @@ class LowRankLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, **options))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Random factors whose product is distributed about as a new `nn.Linear`'s weight; a bias of zeros."""
         if self.rank:
             nn.init.normal_(self.Vh.weight, std=self.in_features**-0.5)
@@ -63,7 +73,7 @@ class LowRankLinear(nn.Module):
             nn.init.zeros_(self.U.bias)
 
     @classmethod
-    def from_factors(cls, Vh: Tensor, U: Tensor, bias: Tensor | None = None, *, backend="auto") -> LowRankLinear:
+    def from_factors(cls, Vh: Tensor, U: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> LowRankLinear:
         """A layer that holds `Vh [rank, in_features]`, `U [out_features, rank]`, `bias [out_features]` themselves."""
         if Vh.dim() != 2 or U.dim() != 2 or U.shape[1] != Vh.shape[0]:
             raise ValueError(
@@ -114,5 +124,5 @@ class LowRankLinear(nn.Module):
         dtype = torch.promote_types(self.U.weight.dtype, torch.float32)
         return F.linear(dense_weight(self.U, dtype), dense_weight(self.Vh, dtype).t())
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -29,7 +29,16 @@ class PivotLinear(nn.Module):
         in_features, out_features, rank, bias, device, dtype: as for `nn.Linear`; `1 <= rank <= out_features`.
     """
 
-    def __init__(self, in_features, out_features, rank, bias=True, *, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         if not isinstance(rank, int) or not 1 <= rank <= min(in_features, out_features):
             raise ValueError(
@@ -138,7 +147,7 @@ class PivotLinear(nn.Module):
         self._orders, self.prepared = (None, None, None), None  # is_pivot is written into
         super()._load_from_state_dict(*args, **kwargs)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 

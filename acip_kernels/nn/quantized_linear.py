@@ -30,7 +30,16 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, *, kind, group=64, symmetric=False, device=None, dtype=None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        kind: str,
+        group: int = 64,
+        symmetric: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         q.check_options(kind, group, symmetric)
@@ -131,7 +140,7 @@ class QuantizedLinear(nn.Module):
             self.scales = scales.to(self.scales.device)
         return self
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
         group = f", group={self.group}, symmetric={self.symmetric}" if self.bits == 4 else ""
         return text + self.kind + group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +94,7 @@ class SVDLinear(nn.Module):
         self._collector = Collector()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **options) -> SVDLinear:
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> SVDLinear:
         """The decomposition of `linear`'s weight, in its dtype and on its device; `options` as for the class.
 
         The SVD is computed in float32 (float64 for a float64 layer). Raises `ValueError` for a weight that is
@@ -298,7 +299,7 @@ class SVDLinear(nn.Module):
         self.take_route("factored")
         return self
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, full_rank={self.full_rank}"
         return text + (f", adapter_rank={self.adapter_rank}" if self.adapter_rank else "")
 

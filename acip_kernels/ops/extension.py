@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import logging
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("acip_kernels")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -20,6 +23,8 @@ except ModuleNotFoundError:
 except ImportError as error:  # built, but for another torch or another machine
     module = None
     missing = f"built, but not to be loaded ({error}): build it again for torch {torch.__version__}"
+    # Who installed them expects them, and would not look why everything is slow.
+    log.warning("acip_kernels: plain PyTorch runs instead of the native kernels, which are %s", missing)
 
 
 def available() -> bool:
