@@ -31,7 +31,8 @@ lint: $(VENV)/with-test
 	$(BIN)/mypy
 
 docs: $(VENV)/with-docs
-	$(BIN)/pdoc --output-directory build/docs --docformat google acip_kernels
+	$(BIN)/pdoc --output-directory build/docs --docformat google acip_kernels \
+		acip_kernels.generation acip_kernels.plan acip_kernels.evaluate acip_kernels.data acip_kernels.report
 
 bench: $(VENV)/with-test
 	$(BIN)/python -m bench.training_step $(ARGS)

@@ -486,15 +486,10 @@ TORCH_LIBRARY_IMPL(acip, CPU, m) {
     m.impl("fused_linear", fused_linear);
 }
 
-// torch's C++ interface changes between minor versions: what still loads might not do what it did. "2.13.0+cpu" is 2.13.
-std::string minor_version(const std::string& version) {
-    return version.substr(0, version.find('.', version.find('.') + 1));
-}
+// Read in the file before it is loaded, as loading registers operators, whatever torch that is.
+extern "C" __attribute__((used, visibility("default"))) const char acip_torch[] = "acip_kernels for torch " TORCH_VERSION;
 
 PYBIND11_MODULE(_native, m) {
-    auto installed = pybind11::module_::import("torch").attr("__version__").cast<std::string>();
-    if (minor_version(installed) != minor_version(TORCH_VERSION))
-        throw pybind11::import_error("it is of torch " TORCH_VERSION);
     m.doc() = "acip_kernels' native kernels; importing it registers them with torch.";
     m.def("isa", [] { return std::string(decode->name); }, "The instruction set in use.");
     m.def(

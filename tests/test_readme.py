@@ -1,9 +1,15 @@
-"""The README: its numbers are those of the committed result, its quickstart runs, its names exist."""
+"""The README and the pages: numbers are those of the committed results, code runs, commands and options exist."""
 
+import importlib.util
 import pathlib
 import re
+import shlex
+import types
 
+import pytest
+import torch
 import toys
+import typer
 
 import acip_kernels
 from acip_kernels import cli, files
@@ -68,3 +74,86 @@ def test_the_commands_it_names_exist():
         assert name in commands
     targets = re.findall(r"^(\w+):", (readme.ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"demo", "test"} <= set(targets)
+
+
+# ---- every block of code, and every command
+
+PAGES = [readme.ROOT / "README.md", *sorted((readme.ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page, *languages):
+    return [code for language, code in BLOCK.findall(page.read_text("utf-8")) if language in languages]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_its_language(page):
+    """Else no test would know what to do with it."""
+    text = page.read_text("utf-8")
+    assert text.count("```") == 2 * len(BLOCK.findall(text))
+    assert {language for language, _ in BLOCK.findall(text)} <= {"python", "sh", "console", "text"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_in_a_page_runs(page, tmp_path, monkeypatch):
+    """As it is, with a toy model where the page has a real one; without compiling."""
+    monkeypatch.chdir(tmp_path)
+    toys.llama(max_position_embeddings=2048).save_pretrained("toy")
+    result = toys.toy_result(toys.llama(max_position_embeddings=2048))
+    result.save("smol-elastic")
+    acip_kernels.save(acip_kernels.materialize(result, 0.6), "smol-60", overwrite=True)
+    tokenizer = lambda text, **options: types.SimpleNamespace(input_ids=toys.token_ids(1))  # noqa: E731
+    names = {"tokenizer": tokenizer, "batches": [{"input_ids": toys.token_ids()}]}
+    for number, code in enumerate(blocks(page, "python")):
+        code = code.replace("HuggingFaceTB/SmolLM2-135M", "toy").replace("steps=400", "steps=2, dtype='float32'")
+        code = code.replace('"smol-60")', f'"smol-60-{number}")') if "acip_kernels.save" in code else code
+        with torch.compiler.set_stance("force_eager"):
+            exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+def commands():
+    """`(where, command line)` of all that the pages and the commands' own help name."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        lines = [line for code in blocks(page, "sh", "console") for line in code.splitlines()]
+        outside = BLOCK.sub("", text)
+        lines += re.findall(r"^    ((?:acip|make|python -m) .*)$", outside, re.MULTILINE)
+        lines += [re.sub(r"\s+", " ", code) for code in re.findall(r"`((?:acip|make|python -m) [^`]*)`", outside)]
+        yield from ((page.name, line.removeprefix("$ ")) for line in lines)
+    for name, command in typer.main.get_command(cli.app).commands.items():
+        for line in re.findall(r"`(acip [^`]*)`", command.help):
+            yield f"acip {name} --help", line
+
+
+def options(words):
+    return {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+
+
+def test_commands_and_options_in_pages_and_help_exist():
+    known = {
+        name: {option for parameter in command.params for option in parameter.opts} | {"-h", "--help"}
+        for name, command in typer.main.get_command(cli.app).commands.items()
+    }
+    makefile, seen = (readme.ROOT / "Makefile").read_text(), 0
+    for where, line in commands():
+        words = shlex.split(line, comments=True)
+        if not words or words[0] not in ("acip", "make", "python"):
+            continue
+        seen += 1
+        if words[0] == "acip":
+            assert words[1] in known or words[1].startswith("-"), (where, line)
+            assert options(words[2:]) <= known.get(words[1], set()), (where, line)
+        elif words[0] == "make":
+            target, *settings = words[1:]
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), (where, line)
+            for setting in settings:
+                name, _, value = setting.partition("=")
+                assert f"$({name})" in makefile, (where, line)
+                if name == "ARGS" and target == "demo":
+                    assert options(shlex.split(value)) <= known["demo"], (where, line)
+        else:
+            found = importlib.util.find_spec(words[2])
+            assert found is not None, (where, line)
+            text = pathlib.Path(found.origin).read_text("utf-8")
+            assert all(f'"{option}"' in text for option in options(words[3:])), (where, line)
+    assert seen > 20

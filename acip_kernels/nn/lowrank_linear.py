@@ -100,6 +100,7 @@ class LowRankLinear(nn.Module):
     prepared = None
 
     def spec(self) -> tuple[int, ...]:
+        """What a prepared call's kernel is chosen by; see `nn.fused`."""
         return fused.factors_spec(self._modules["Vh"], self._modules["U"])
 
     def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
