@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 import toys
 import transformers.modeling_utils
-from test_run import CHECKPOINT, HISTORY, Stop, flat, make_batches, short, stop_at
+from test_run import CHECKPOINT, HISTORY, Spoiled, Stop, flat, make_batches, short, stop_at
 from test_run import run as run_acip
 from transformers import AutoModelForCausalLM
 
@@ -391,6 +391,14 @@ def test_a_damaged_ranking_is_made_anew(whole, damage, tmp_path, caplog):
     resumed = of_run("nested", tmp_path, resume=True)
     assert all(torch.equal(tensor, whole["nested"][0][name]) for name, tensor in resumed.model.state_dict().items())
     assert "ranking anew" in caplog.text
+
+
+def test_a_run_that_stopped_before_its_first_step_goes_on(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 0"):
+        run_acip(Spoiled(0, "loss"), output=tmp_path)
+    assert (tmp_path / CHECKPOINT).exists() and not (tmp_path / HISTORY).exists()
+    resumed = run_acip(Spoiled(1000, "loss"), output=tmp_path, resume=True)
+    assert torch.equal(flat(resumed), flat(run_acip(Spoiled(1000, "loss"))))
 
 
 def test_a_damaged_checkpoint_is_named_and_stays(tmp_path):

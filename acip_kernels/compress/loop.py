@@ -168,7 +168,7 @@ class TrainingLoop:
         step, history = about["step"], self.output / HISTORY
         if type(step) is not int or type(about["consumed"]) is not int or about["phase"] not in self.phases:
             raise TypeError(f"step {step!r}, phase {about['phase']!r}, {about['consumed']!r} batches")
-        rows = read_history(history)[:step]
+        rows = read_history(history)[:step] if step else []
         if [row.get("step") for row in rows] != list(range(step)):
             raise ValueError(f"{history} does not hold the {step} steps of {self.output / CHECKPOINT}")
         for field in ("step", "phase", "consumed", "seconds", *self.fields()):
