@@ -90,7 +90,7 @@ def extension():
         "acip_kernels._native",
         ["csrc/bindings.cpp", "csrc/prepared.cpp"],
         include_dirs=[str(ROOT / "csrc/include")],
-        # OpenMP is torch's own: at::parallel_for is a header. Without -g0 the debugging symbols are nine tenths of a wheel.
+        # OpenMP is torch's own: at::parallel_for is a header. Without -g0, symbols for debugging are most of a wheel.
         extra_compile_args=["-O2", "-g0", "-std=c++20", "-fopenmp", "-Wall", "-fvisibility=hidden"],
         depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/*/**/*.*"))],
     )
