@@ -248,7 +248,7 @@ class _Base:
             if name is None:
                 raise ValueError(f"{file} names no base model: give base_model (acip import … --base MODEL)")
             try:
-                config = AutoConfig.from_pretrained(name)
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
             except Exception as error:  # transformers has many kinds for what cannot be had
                 named = "" if base_model is not None else ", which the checkpoint names,"
                 raise ValueError(

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -220,7 +221,7 @@ def load_result(path: str | os.PathLike, **options: Any) -> CompressionResult:
     if _is_published(pathlib.Path(path)):
         from .foreign import import_checkpoint
 
-        return import_checkpoint(path, **options: Any)
+        return import_checkpoint(path, **options)
     model = load(path, **options)
     if not any(hasattr(module, "set_live") for module in model.modules()):
         raise ValueError(f"{path} is not an elastic checkpoint")
@@ -674,16 +675,20 @@ def described_model(path: str | os.PathLike) -> nn.Module:
         return _empty_model(path, _config(path), _open_shards(path, "model.safetensors", stack))
 
 
-def _empty_model(path: pathlib.Path, config, where: Shards) -> nn.Module:
-    """The model of `config`, without weights, as large as the tensors of `where` (see `_open_shards`) can justify."""
+def _empty_model(path: pathlib.Path, config, where: Shards | None = None) -> nn.Module:
+    """The model of `config`, without weights, no larger than the tensors of `where` (see `_open_shards`) can justify.
+
+    Without `where`, any: of a base model, which the user has named.
+    """
     # A layer that is cut has more tensors than the dense one; a tied matrix has fewer.
-    most, made, thread = 2 * len(where) + 64, 0, threading.get_ident()
+    held, made, thread = len(where or ()), 0, threading.get_ident()
+    most = 2 * held + 64 if where is not None else math.inf
 
     def count(module, name, parameter):
         nonlocal made
         made += threading.get_ident() == thread
         if made > most:
-            raise ValueError(f"it has over {most} weights, and the files hold {len(where)} tensors")
+            raise ValueError(f"it has over {most} weights, and the files hold {held} tensors")
 
     counting = nn.modules.module.register_module_parameter_registration_hook(count)
     try:
@@ -696,7 +701,9 @@ def _empty_model(path: pathlib.Path, config, where: Shards) -> nn.Module:
         counting.remove()
     # Tables of positions and masks, which are made and not read.
     made = sum(buffer.nbytes for buffer in model.buffers())
-    if made > 2**28 + 4 * sum(shard.stat().st_size for shard in {shard for _, shard in where.values()}):
+    if where is not None and made > 2**28 + 4 * sum(
+        shard.stat().st_size for shard in {shard for _, shard in where.values()}
+    ):
         raise ValueError(f"{path / 'config.json'} describes a model with tables of {made} bytes")
     return model
 
