@@ -7,7 +7,9 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 import pathlib
+import sys
 import tempfile
 import types
 import typing
@@ -65,13 +67,20 @@ def main():
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # a bar for every model that is loaded says nothing
+    # As torchrun and the like say it.
+    processes, rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
     try:
+        if processes > 1 and sys.argv[1:2] != ["compress"]:
+            raise ValueError(f"only `acip compress` runs in several processes, and WORLD_SIZE is {processes}")
         app()
     except KeyboardInterrupt as stop:
         console.print(f"[yellow]{stop or 'stopped'}[/]", highlight=False)
         raise SystemExit(130) from None
     except _MISTAKES as error:
-        console.print("error:", style="bold red", end=" ")
+        if rank and getattr(error, "in_all_processes", False):
+            raise SystemExit(1) from None
+        console.quiet = False
+        console.print(f"error in process {rank}:" if processes > 1 else "error:", style="bold red", end=" ")
         console.print(str(error) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
@@ -241,7 +250,7 @@ def compress(
 
     Then: `acip materialize runs/smol/elastic --size-ratio 0.6 -o smol-60`
 
-    On eight GPUs: `torchrun --nproc-per-node 8 -m acip_kernels.cli compress …`, with `--shard` where a model is too large
+    On eight GPUs: `torchrun --nproc-per-node 8 -m acip_kernels compress …`, with `--shard` where a model is too large
     for one. A step then takes eight times the batches; see docs/many-devices.md.
     """
     from .compress.processes import joined
@@ -1152,3 +1161,7 @@ def _short(value) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
     return str(value)
+
+
+if __name__ == "__main__":
+    main()

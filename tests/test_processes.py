@@ -1,20 +1,30 @@
 """Many processes: two of them, by gloo, against one; what they write, how they stop and go on, what they refuse."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 import toys
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
-from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, compress, files
+from acip_kernels import CompressionConfig, NestedConfig, RankingConfig, cli, compress, files, load, materialize, save
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.nested import RANKING
+from acip_kernels.compress.processes import Processes, joined
+from acip_kernels.nn import LowRankLinear, PivotLinear
 from acip_kernels.nn.sharded import Sharded
 
 COUNT = 5  # an odd number: at the end of what they calibrate with, one process has no batch
@@ -31,23 +41,33 @@ RANKINGS = {
         ("svd", "global"),
     )
 }
-RUNS = {
-    "acip": ACIP,
-    "acip-activations": CompressionConfig.from_dict(ACIP.to_dict() | {"basis": "activations"}),
-    "nested": NESTED,
-}
 
 
 def changed(config, **changes):
     return type(config).from_dict(config.to_dict() | changes)
 
 
-def batches(size=2):
-    return [{"input_ids": toys.token_ids(batch=size, seed=seed)} for seed in range(COUNT)]
+RUNS = {
+    "acip": ACIP,
+    "acip-activations": changed(ACIP, basis="activations"),
+    "acip-no-dropout": changed(ACIP, adapter_dropout=0.0),
+    "nested": NESTED,
+}
+SHARDED = {
+    "acip-sharded": changed(ACIP, shard=True),
+    "acip-sharded-recomputed": changed(ACIP, shard=True, gradient_checkpointing=True),
+    "nested-sharded": changed(NESTED, shard=True),
+    "nested-sharded-recomputed": changed(NESTED, shard=True, gradient_checkpointing=True),
+}
+SINGLE = {"acip-float32": changed(ACIP, dtype="float32"), "nested-float32": changed(NESTED, dtype="float32")}
 
 
-def run(config, data=None, **options):
-    return compress(toys.llama(), batches() if data is None else data, config, progress=False, **options)
+def batches():
+    return [{"input_ids": toys.token_ids(seed=seed)} for seed in range(COUNT)]
+
+
+def run(config, data=None, model=None, **options):
+    return compress(model or toys.llama(), data or batches(), config, progress=False, **options)
 
 
 def kept(result):
@@ -74,16 +94,20 @@ def work(rank, directory, out):
         files.write_tensors(out / f"{name}.safetensors", kept(result))
         files.write_json(out / f"{name}.json", {"history": without_time(result.history), "ratio": result.size_ratio})
 
-    for name, config in RUNS.items():
+    for name, config in (RUNS | SINGLE | RANKINGS).items():
         keep(name, run(config))
-        keep(f"{name}-sharded", run(changed(config, shard=True)))
-    for name, config in RANKINGS.items():
-        keep(name, run(config))
-    keep("acip-float32", run(changed(ACIP, dtype="float32")))
-    keep("nested-float32", run(changed(NESTED, dtype="float32")))
+    for name, config in SHARDED.items():
+        shares, model = [], toys.llama()
 
+        def held(row, shares=shares, model=model):
+            stores = [module for module in model.modules() if isinstance(module, Sharded)]
+            parts = [(p.to_local().numel(), p.numel()) for store in stores for p in store.parameters()]
+            shares.append(sum(part for part, _ in parts) / sum(whole for _, whole in parts))
+
+        keep(name, run(config, model=model, on_step=held))
+        files.write_json(out / f"{name}-shares.json", {"shares": shares})
     for name in ("acip", "nested"):
-        # To each its own directory: what the second one's holds at the end, it has written.
+        # To each its own directory: what the second one's holds at the end, the second has written.
         output = out / f"{name}-run"
 
         def stop(row):
@@ -94,58 +118,113 @@ def work(rank, directory, out):
             run(RUNS[name], output=output, on_step=stop)
         keep(f"{name}-resumed", run(RUNS[name], output=output, resume=True))
     refuse(rank, out)
+    divide(directory, out)
 
 
 def refuse(rank, out):
     with pytest.raises(ValueError, match="config.seed is 0 for rank 0 and 1 for rank 1; start all of them"):
         run(changed(ACIP, seed=rank))
-    with pytest.raises(ValueError, match=r"model.model.embed_tokens.weight is .* for rank 1; .* differences more\); start all"):
-        compress(toys.llama(seed=rank), batches(), ACIP, progress=False)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight is .* for rank 1; .* differences more\); start all"):
+        run(ACIP, model=toys.llama(seed=rank))
     with pytest.raises(ValueError, match="batches is .*; give all of them the same batches"):
         run(ACIP, batches()[rank:])
     with pytest.raises(ValueError, match="holds the checkpoint of a run"):
         run(ACIP, output=out / "acip-run")
     with pytest.raises(ValueError, match=r"2 batches a step, and 2 process\(es\) with a gradient_accumulation of 2"):
         run(changed(ACIP, gradient_accumulation=2), output=out / "acip-run", resume=True)
+
+    # As an expert that only one process's tokens reach.
+    model = toys.llama()
+    if rank == 1:
+        model.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(ValueError, match="take different ways through the model"):
+        run(RANKINGS["importance-worth"], model=model)
+
+    model = toys.llama()
+
+    def drift(row):
+        if rank == 1:
+            svd_layers(model)["model.layers.0.mlp.up_proj"].mask.data[0] += 1e-9
+
+    with pytest.raises(ValueError, match="parameters is .* they have come apart by step 2"):
+        run(changed(ACIP, checkpoint_seconds=0), model=model, output=out / "apart", on_step=drift)
+
     # The first one's disk is full; the second has nothing to do with it, and is told.
-    write = files.write_tensors
-    files.write_tensors = lambda *arguments: exec('raise OSError(28, "no space left")')
-    try:
-        with pytest.raises(OSError, match="no space left"):
-            run(changed(ACIP, checkpoint_seconds=0), output=out / "full")
-    finally:
-        files.write_tensors = write
+    def full(*arguments):
+        raise OSError(28, "no space left")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="no space left"):
+        patch.setattr(files, "write_tensors", full)
+        run(changed(ACIP, checkpoint_seconds=0), output=out / "full")
 
 
-def start(rank, function, directory):
+def divide(directory, out):
+    """Logits of materialized models whose layers are divided as transformers divides dense ones."""
+    options = {"distributed_config": DistributedConfig(tp_size=2), "dtype": torch.float32}
+    for name in sorted(path.name for path in directory.glob("tensor-parallel-*")):
+        model = AutoModelForCausalLM.from_pretrained(directory / name, **options)
+        generated = model.generate(
+            toys.token_ids(), max_new_tokens=4, do_sample=False, cache_implementation="static", disable_compile=True
+        )
+        files.write_tensors(out / f"{name}.safetensors", {"logits": toys.logits(model), "generated": generated})
+        parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.model.layers.parameters()]
+        files.write_json(out / f"{name}.json", {"numbers": sum(parameter.numel() for parameter in parameters)})
+    with pytest.raises(ValueError, match="quantized layers cannot be divided"):
+        AutoModelForCausalLM.from_pretrained(directory / "quantized", **options)
+
+
+def lose_one(rank, directory, out):
+    def die(row):
+        if row["step"] == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match=r"[Cc]onnection|peer"):
+        run(ACIP, output=out / "run", on_step=die)
+    os._exit(0)  # nobody is left to leave the group with
+
+
+def on_the_command_line(rank, directory, out):
+    sys.argv = ["acip", *json.loads((directory / "arguments.json").read_text())]
+    with contextlib.redirect_stdout(open(out / "stdout", "w")), contextlib.redirect_stderr(open(out / "stderr", "w")):
+        cli.console.file = sys.stderr
+        cli.main()
+
+
+def start(rank, function, directory, port):
     """A process of two, forked from one that has imported everything."""
     torch.set_num_threads(1)
     out = directory / str(rank)
     out.mkdir()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
+        if function is on_the_command_line:
+            function(rank, directory, out)
+            return
         with pytest.raises(ValueError, match="WORLD_SIZE is 2, but there is no process group"):
             run(ACIP)
-        dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
+        dist.init_process_group("gloo")
         function(rank, directory, out)
+        dist.destroy_process_group()
     except BaseException:
         files.write_text(out / "failed", traceback.format_exc())
         raise
-    dist.destroy_process_group()
 
 
-def both(function, directory):
+def both(function, directory, exits=(0, 0)):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_processes"])
-    two = [context.Process(target=start, args=(rank, function, directory)) for rank in range(2)]
+    two = [context.Process(target=start, args=(rank, function, directory, port)) for rank in range(2)]
     for process in two:
         process.start()
     for process in two:
-        process.join(300)
+        process.join(200)
         process.kill()
     failures = [file.read_text() for file in sorted(directory.glob("*/failed"))]
     assert not failures, "\n".join(failures)
-    assert [process.exitcode for process in two] == [0, 0]
+    assert tuple(process.exitcode for process in two) == exits
     return directory
 
 
@@ -154,26 +233,220 @@ def both(function, directory):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return both(work, tmp_path_factory.mktemp("two"))
+    directory = tmp_path_factory.mktemp("two")
+    for kind in ("llama", "qwen2"):
+        result = toys.toy_result(toys.MODELS[kind]())
+        save(materialize(result, 0.8, forms=("dense", "factors")), directory / f"tensor-parallel-{kind}-factors")
+        save(materialize(result, 0.95), directory / f"tensor-parallel-{kind}-pivoted")
+    save(materialize(result, 0.8, quantize="int8"), directory / "quantized")
+    return both(work, directory)
 
 
-def made(directory, rank, name):
+def made(directory, name, rank=0):
     about = files.read_json(directory / str(rank) / f"{name}.json")
-    return files.read_tensors(directory / str(rank) / f"{name}.safetensors"), about["history"], about["ratio"]
+    return files.read_tensors(directory / str(rank) / f"{name}.safetensors"), about
 
 
-def names():
-    sharded = [f"{name}-sharded" for name in RUNS]
-    return [*RUNS, *sharded, *RANKINGS, "acip-float32", "nested-float32", "acip-resumed", "nested-resumed"]
-
-
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", [*RUNS, *SHARDED, *SINGLE, *RANKINGS, "acip-resumed", "nested-resumed"])
 def test_all_processes_have_the_same_bits(two, name):
-    (first, *about), (second, *same) = (made(two, rank, name) for rank in range(2))
+    (first, about), (second, same) = (made(two, name, rank) for rank in range(2))
     assert about == same
     assert list(first) == list(second) and all(torch.equal(first[key], second[key]) for key in first)
 
 
-if __name__ == "__main__":
-    import pathlib, tempfile
-    both(work, pathlib.Path(tempfile.mkdtemp()))
+def bound(rate, steps, dtype):
+    """How far apart sums in another order may bring what AdamW trains.
+
+    A step moves a number by about the learning rate, whatever its gradient's size. The order of a sum changes it by an
+    eps of its terms; so for a step to change by more than √eps of the rate, the terms would have to cancel to less than
+    √eps of themselves, which those of the toy do not.
+    """
+    return rate * steps * torch.finfo(dtype).eps ** 0.5
+
+
+def assert_near(name, actual, expected, tolerance):
+    assert set(actual) == set(expected)
+    for key, tensor in expected.items():
+        # Scores are float32 whatever the masks are: of two masks that close, one may be rounded up and one down.
+        rounding = torch.finfo(torch.float32).eps * float(tensor.abs().max()) if key.endswith(".scores") else 0.0
+        assert float((actual[key] - tensor).abs().max()) <= tolerance + rounding, (name, key)
+
+
+@pytest.mark.parametrize("name", ["acip", "acip-activations", "acip-no-dropout"])
+def test_two_processes_are_one_that_accumulates_twice_as_many(two, name):
+    result = run(changed(RUNS[name], gradient_accumulation=2))
+    expected, steps = kept(result), len(result.history)
+    tolerance = bound(max(ACIP.mask_learning_rate, ACIP.adapter_learning_rate), steps, torch.float64)
+    names = [name] if name != "acip" else ["acip", "acip-sharded", "acip-sharded-recomputed"]
+    for each in names:
+        actual, about = made(two, each)
+        assert_near(each, actual, expected, tolerance)
+        assert [row["pruned"] for row in about["history"]] == [row["pruned"] for row in result.history]
+        assert [row["loss"] for row in about["history"]] == pytest.approx([row["loss"] for row in result.history])
+
+
+def test_two_processes_are_one_with_twice_the_batch(two):
+    twice = batches() * 2
+    pairs = [
+        {"input_ids": torch.cat([one["input_ids"], other["input_ids"]])}
+        for one, other in zip(twice[::2], twice[1::2], strict=True)
+    ]
+    result = run(RUNS["acip-no-dropout"], pairs)
+    tolerance = bound(max(ACIP.mask_learning_rate, ACIP.adapter_learning_rate), len(result.history), torch.float64)
+    assert_near("acip", made(two, "acip-no-dropout")[0], kept(result), tolerance)
+
+
+def test_nested_training_of_two_processes_is_that_of_one(two, tmp_path):
+    """Its scores, and what was trained: of float32, by gradients in float64."""
+    result = run(changed(NESTED, gradient_accumulation=2), output=tmp_path / "run")
+    expected = files.read_tensors(tmp_path / "run" / CHECKPOINT)
+    actual = files.read_tensors(two / "0" / "nested-run" / CHECKPOINT)
+    trained = [key for key in expected if key.startswith("parameter.")]
+    assert trained
+    tolerance = bound(NESTED.learning_rate, NESTED.steps, torch.float32)
+    for key in trained:
+        assert float((actual[key] - expected[key]).abs().max()) <= tolerance, key
+    for name in ("nested", "nested-sharded", "nested-sharded-recomputed"):
+        factors, about = made(two, name)
+        assert all(torch.equal(factors[key], value) for key, value in kept(result).items() if key.endswith(".scores"))
+        assert [row["loss"] for row in about["history"]] == pytest.approx([row["loss"] for row in result.history])
+        sizes = [row["size_ratio"] for row in result.history]
+        assert [row["size_ratio"] for row in about["history"]] == sizes
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_a_ranking_has_the_same_bits_for_any_number_of_processes(two, name):
+    actual, expected = made(two, name)[0], kept(run(RANKINGS[name]))
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_each_process_holds_its_part_of_the_factors(two, name):
+    """Half of the numbers, but for tensors of an odd number of rows; at every step."""
+    for rank in range(2):
+        shares = files.read_json(two / str(rank) / f"{name}-shares.json")["shares"]
+        assert shares and all(abs(share - 0.5) < 0.01 for share in shares)
+
+
+@pytest.mark.parametrize("name", ["acip", "nested"])
+def test_a_signal_to_one_stops_all_and_the_run_goes_on_to_the_same_bits(two, name):
+    (expected, history), (actual, resumed) = made(two, name), made(two, f"{name}-resumed")
+    assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+    assert resumed == history
+
+
+def test_the_first_process_alone_writes(two):
+    mine = {path.name for path in (two / "0" / "nested-run").iterdir()}
+    assert mine == {CHECKPOINT, HISTORY, RANKING}
+    assert not (two / "1" / "nested-run").exists() and not (two / "1" / "acip-run").exists()
+
+
+def test_one_process_goes_on_with_the_run_of_two(two, tmp_path):
+    """From a checkpoint in the middle, when its steps take as many batches."""
+    config = changed(ACIP, checkpoint_seconds=0)
+
+    def stop(row):
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(changed(config, gradient_accumulation=2), output=tmp_path / "run", on_step=stop)
+    # What a run of two processes would have written, as the test of their bits shows.
+    with pytest.raises(ValueError, match=r"2 batches a step, and 1 process\(es\)"):
+        run(config, output=tmp_path / "run", resume=True)
+    about = files.read_json(two / "0" / "acip.json")
+    result = run(changed(config, gradient_accumulation=2), output=tmp_path / "run", resume=True)
+    assert [row["pruned"] for row in result.history] == [row["pruned"] for row in about["history"]]
+
+
+# ---- tensor parallel
+
+
+@pytest.mark.parametrize("form", ["factors", "pivoted"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_materialized_model_is_divided_by_transformers_plan(two, kind, form):
+    name = f"tensor-parallel-{kind}-{form}"
+    model = load(two / name)
+    layers = [module for module in model.model.layers.modules() if isinstance(module, LowRankLinear | PivotLinear)]
+    dense = 14 - len(layers)
+    assert layers and dense and all(isinstance(layer, PivotLinear) == (form == "pivoted") for layer in layers)
+    whole = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    generated = model.generate(toys.token_ids(), max_new_tokens=4, do_sample=False)
+    for rank in range(2):
+        made_there, about = made(two, name, rank)
+        toys.assert_close(made_there["logits"], toys.logits(model))
+        assert torch.equal(made_there["generated"], generated)
+        # Of a layer, one of its factors is divided, and of a pivoted one by its outputs none.
+        assert about["numbers"] < (0.75 if form == "factors" else 0.9) * whole
+
+
+# ---- without the others
+
+
+def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
+    """At once, by its closed connection; what it was doing with them raises."""
+    started = time.monotonic()
+    both(lose_one, tmp_path, exits=(0, -signal.SIGKILL))
+    assert time.monotonic() - started < 120
+    assert (tmp_path / "0" / "run" / HISTORY).exists()
+
+
+def test_torchrun_is_stopped_by_ctrl_c_and_goes_on(tmp_path):
+    toys.llama(max_position_embeddings=128).save_pretrained(tmp_path / "toy")
+    toys.tokenizer().save_pretrained(tmp_path / "toy")
+    (tmp_path / "text.txt").write_text(toys.text())
+    output = tmp_path / "run"
+    arguments = ["compress", tmp_path / "toy", "-d", tmp_path / "text.txt", "-o", output, "--steps", 120, "--json"]
+    arguments += ["--batch-size", 2, "--length", 16, "--device", "cpu", "--dtype", "float32"]
+    arguments = [str(argument) for argument in arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "acip_kernels.cli"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(
+        [*command, *arguments], start_new_session=True, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        while process.poll() is None and not (output / HISTORY).exists():
+            time.sleep(0.05)
+        # As a terminal does it: to torchrun and to its processes, whom torchrun sends another.
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=100)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert stderr.count("stopped after step") == 1, stderr
+    done = len((output / HISTORY).read_text().splitlines())
+    assert (output / CHECKPOINT).exists() and done < 120
+
+    files.write_json(tmp_path / "arguments.json", {})
+    (tmp_path / "arguments.json").write_text(json.dumps([*arguments, "--resume"]))
+    both(on_the_command_line, tmp_path)
+    summary = json.loads((tmp_path / "0" / "stdout").read_text())
+    assert summary["steps"] == 120 and load(summary["elastic"], 0.5)
+    assert (tmp_path / "1" / "stdout").read_text() == (tmp_path / "1" / "stderr").read_text() == ""
+
+
+def test_one_process_alone_has_no_others(monkeypatch):
+    alone = Processes(torch.device("cpu"))
+    tensor = torch.ones(2)
+    alone.sum_([tensor])
+    assert alone.main and tensor.tolist() == [1, 1] and alone.any(True, False) == (True, False)
+    assert alone.owners({"a": 1.0, "b": 2.0}) == {"a": 0, "b": 0}
+    with pytest.raises(ValueError, match="shard: the factors are divided among several processes"):
+        run(SHARDED["acip-sharded"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="device must be cuda for several processes"), joined("cuda:1"):
+        pass
+
+
+def test_decompositions_are_divided_by_their_cost():
+    costs = {"a": 1.0, "b": 8.0, "c": 3.0, "d": 3.0, "e": 1.0}
+    assert Processes(torch.device("cpu"), 0, 2).owners(costs) == {"b": 0, "c": 1, "d": 1, "a": 1, "e": 1}
+
+
+def test_other_commands_say_that_they_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["acip", "info"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "only `acip compress` runs in several processes" in capsys.readouterr().err

@@ -150,14 +150,14 @@ class Processes:
                 answer = {"value": function()}
             except Exception as raised:
                 error = raised
+                _in_all(error)
                 answer = {"error": type(raised).__name__, "message": str(raised)}
         answer = self.broadcast_json(answer)
         if "error" not in answer:
             return answer["value"]
         if error is not None:
             raise error
-        kind = getattr(builtins, answer["error"], RuntimeError)
-        raise kind(answer["message"])
+        raise _in_all(getattr(builtins, answer["error"], RuntimeError)(answer["message"]))
 
     def all_json(self, value) -> list:
         """What each process has as `value`, in the order of their ranks."""
@@ -195,7 +195,7 @@ class Processes:
         ]
         if differences:
             more = f" (and {len(differences) - 2} differences more)" if len(differences) > 2 else ""
-            raise ValueError(f"the {self.size} processes differ: {'; '.join(differences[:2])}{more}; {advice}")
+            raise _in_all(ValueError(f"the {self.size} processes differ: {'; '.join(differences[:2])}{more}; {advice}"))
 
     def owners(self, costs: dict[str, float]) -> dict[str, int]:
         """Which process does which of some tasks: the dearest first, each to whoever has least so far."""
@@ -256,6 +256,12 @@ def digest(*tensors: Tensor) -> str:
     for tensor in tensors:
         hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return hasher.hexdigest()
+
+
+def _in_all(error: Exception) -> Exception:
+    """Mark an error that every process raises, so that it need not be told by each."""
+    error.in_all_processes = True
+    return error
 
 
 def _differences(one, other, path: str = "") -> Iterator[tuple[str, object, object]]:

@@ -149,7 +149,16 @@ class AcipQuantizer(HfQuantizer):
             return
         put_layers(model, config)
 
+    def update_parallel_plan(self, model, plan):
+        from .parallel import divide_factors
+
+        super().update_parallel_plan(model, plan)
+        divide_factors(model, plan)
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        from .parallel import name_styles_again
+
+        name_styles_again(model.tp_plan)
         for layer in _svd_layers(model):
             layer.__dict__.pop("weight", None)
         _be_ordinary(model)
