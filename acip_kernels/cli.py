@@ -73,7 +73,13 @@ def main():
         if processes > 1 and sys.argv[1:2] != ["compress"]:
             raise ValueError(f"only `acip compress` runs in several processes, and WORLD_SIZE is {processes}")
         app()
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer makes an exit of Ctrl-C, and says nothing.
+        stop = end
+        while stop is not None and not isinstance(stop, KeyboardInterrupt):
+            stop = stop.__cause__ or stop.__context__
+        if stop is None:
+            raise
         console.print(f"[yellow]{stop or 'stopped'}[/]", highlight=False)
         raise SystemExit(130) from None
     except _MISTAKES as error:
