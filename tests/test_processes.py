@@ -24,8 +24,10 @@ from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.nested import RANKING
 from acip_kernels.compress.processes import Processes, joined
-from acip_kernels.nn import LowRankLinear, PivotLinear
+from acip_kernels.nn import LowRankLinear, PivotLinear, SVDLinear
+from acip_kernels.nn.nested_linear import NestedLinear
 from acip_kernels.nn.sharded import Sharded
+from acip_kernels.plan import run_memory
 
 COUNT = 5  # an odd number: at the end of what they calibrate with, one process has no batch
 
@@ -41,6 +43,9 @@ RANKINGS = {
         ("svd", "global"),
     )
 }
+
+
+RESUMED = ("acip", "nested", "acip-sharded", "nested-sharded")
 
 
 def changed(config, **changes):
@@ -80,6 +85,20 @@ def kept(result):
     }
 
 
+def frozen_bytes(model):
+    """What this process holds of factors, and of the weights that teach."""
+    tensors = []
+    for module in model.modules():
+        if isinstance(module, NestedLinear):
+            tensors += [module.left_t, module.right, module.dense, *(module._updated or ())]
+        elif isinstance(module, SVDLinear):
+            tensors += [module.U, module.Vh, module._weight, *(module._factors or ())[:2]]
+        elif isinstance(module, Sharded):
+            tensors += [parameter.to_local() for parameter in module.parameters()]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def without_time(history):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in history]
 
@@ -97,16 +116,12 @@ def work(rank, directory, out):
     for name, config in (RUNS | SINGLE | RANKINGS).items():
         keep(name, run(config))
     for name, config in SHARDED.items():
-        shares, model = [], toys.llama()
-
-        def held(row, shares=shares, model=model):
-            stores = [module for module in model.modules() if isinstance(module, Sharded)]
-            parts = [(p.to_local().numel(), p.numel()) for store in stores for p in store.parameters()]
-            shares.append(sum(part for part, _ in parts) / sum(whole for _, whole in parts))
-
-        keep(name, run(config, model=model, on_step=held))
-        files.write_json(out / f"{name}-shares.json", {"shares": shares})
-    for name in ("acip", "nested"):
+        held, model = [], toys.llama()
+        keep(
+            name, run(config, model=model, on_step=lambda row, held=held, model=model: held.append(frozen_bytes(model)))
+        )
+        files.write_json(out / f"{name}-held.json", {"bytes": held})
+    for name in RESUMED:
         # To each its own directory: what the second one's holds at the end, the second has written.
         output = out / f"{name}-run"
 
@@ -115,8 +130,8 @@ def work(rank, directory, out):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
-            run(RUNS[name], output=output, on_step=stop)
-        keep(f"{name}-resumed", run(RUNS[name], output=output, resume=True))
+            run((RUNS | SHARDED)[name], output=output, on_step=stop)
+        keep(f"{name}-resumed", run((RUNS | SHARDED)[name], output=output, resume=True))
     refuse(rank, out)
     divide(directory, out)
 
@@ -126,8 +141,9 @@ def refuse(rank, out):
         run(changed(ACIP, seed=rank))
     with pytest.raises(ValueError, match=r"embed_tokens.weight is .* for rank 1; .* differences more\); start all"):
         run(ACIP, model=toys.llama(seed=rank))
-    with pytest.raises(ValueError, match="batches is .*; give all of them the same batches"):
-        run(ACIP, batches()[rank:])
+    for config in (ACIP, RANKINGS["importance-worth"], RUNS["acip-activations"]):
+        with pytest.raises(ValueError, match="batches is .*; give all of them the same batches"):
+            run(config, batches()[rank:])
     with pytest.raises(ValueError, match="holds the checkpoint of a run"):
         run(ACIP, output=out / "acip-run")
     with pytest.raises(ValueError, match=r"2 batches a step, and 2 process\(es\) with a gradient_accumulation of 2"):
@@ -187,7 +203,9 @@ def on_the_command_line(rank, directory, out):
     sys.argv = ["acip", *json.loads((directory / "arguments.json").read_text())]
     with contextlib.redirect_stdout(open(out / "stdout", "w")), contextlib.redirect_stderr(open(out / "stderr", "w")):
         cli.console.file = sys.stderr
-        cli.main()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert not end.value.code
 
 
 def start(rank, function, directory, port):
@@ -249,7 +267,7 @@ def made(directory, name, rank=0):
     return files.read_tensors(directory / str(rank) / f"{name}.safetensors"), about
 
 
-@pytest.mark.parametrize("name", [*RUNS, *SHARDED, *SINGLE, *RANKINGS, "acip-resumed", "nested-resumed"])
+@pytest.mark.parametrize("name", [*RUNS, *SHARDED, *SINGLE, *RANKINGS, *(f"{one}-resumed" for one in RESUMED)])
 def test_all_processes_have_the_same_bits(two, name):
     (first, about), (second, same) = (made(two, name, rank) for rank in range(2))
     assert about == same
@@ -324,13 +342,41 @@ def test_a_ranking_has_the_same_bits_for_any_number_of_processes(two, name):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_each_process_holds_its_part_of_the_factors(two, name):
-    """Half of the numbers, but for tensors of an odd number of rows; at every step."""
+    """To the byte what the formula says, after every step: the toy's tensors have even numbers of rows."""
+    method = name.partition("-")[0]
+    expected = run_memory(*SHAPES, method=method, processes=2, shard=True, itemsize=8)
     for rank in range(2):
-        shares = files.read_json(two / str(rank) / f"{name}-shares.json")["shares"]
-        assert shares and all(abs(share - 0.5) < 0.01 for share in shares)
+        held = files.read_json(two / str(rank) / f"{name}-held.json")["bytes"]
+        assert held and set(held) == {expected["factors"] + expected["teacher"]}
 
 
-@pytest.mark.parametrize("name", ["acip", "nested"])
+SHAPES = ([(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)] * 2, 0)
+
+
+@pytest.mark.parametrize("method", ["acip", "nested"])
+def test_the_formula_of_a_runs_memory(method):
+    """Against what one process holds after a step, with everything computed."""
+    held, model = [], toys.llama()
+
+    def look(row):
+        if row["step"] == 0:
+            layers = [m for m in model.modules() if isinstance(m, SVDLinear | NestedLinear)]
+            for layer in layers:
+                if isinstance(layer, NestedLinear):
+                    layer.updated()
+            trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+            held.append((frozen_bytes(model), 4 * sum(p.numel() * p.element_size() for p in trained)))
+
+    config = NESTED if method == "nested" else changed(ACIP, compact_every=0, route="factored")
+    run(changed(config, dtype="float32"), model=model, on_step=look)
+    rank = NESTED.update_rank if method == "nested" else ACIP.adapter_rank
+    expected = run_memory(*SHAPES, method=method, rank=rank, itemsize=4)
+    assert held == [(expected["factors"] + expected["teacher"], expected["trained"])]
+    with pytest.raises(ValueError, match="method must be nested or acip"):
+        run_memory(*SHAPES, method="svd")
+
+
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_signal_to_one_stops_all_and_the_run_goes_on_to_the_same_bits(two, name):
     (expected, history), (actual, resumed) = made(two, name), made(two, f"{name}-resumed")
     assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())

@@ -31,7 +31,9 @@ class Division:
     def of(cls, processes: Processes, model: nn.Module, names: Iterable[str]) -> Division:
         """By what decompositions cost."""
         shapes = {name: weight_of(model.get_submodule(name)).shape for name in names}
-        return cls(processes, processes.owners({n: float(out * in_ * min(out, in_)) for n, (out, in_) in shapes.items()}))
+        return cls(
+            processes, processes.owners({n: float(out * in_ * min(out, in_)) for n, (out, in_) in shapes.items()})
+        )
 
     @classmethod
     def none(cls, names: Iterable[str]) -> Division:
@@ -224,8 +226,8 @@ def _meet(division: Division, number: int, tokens: int = 0) -> list[int]:
     if any(other != number for other in numbers):
         names = [*division.owners, "the end"]
         raise ValueError(
-            "the batches of different processes take different ways through the model, as between experts: rank 0 is at "
-            f"{names[numbers[0]]} while another is at {names[next(n for n in numbers if n != numbers[0])]}; "
+            "the batches of different processes take different ways through the model, as between experts: rank 0 is "
+            f"at {names[numbers[0]]} while another is at {names[next(n for n in numbers if n != numbers[0])]}; "
             "rank the singular values in one process"
         )
     return counts

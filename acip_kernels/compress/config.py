@@ -46,7 +46,8 @@ class CompressionConfig:
     How it is computed:
         dtype: "auto" (see `compute_dtype`), or the name of a torch dtype for the model and its factors; masks,
             scores and adapters are float32 in any case.
-        gradient_accumulation: batches a step, in each process. gradient_checkpointing: recompute activations to save memory.
+        gradient_accumulation: batches a step, in each process. gradient_checkpointing: recompute activations to save
+            memory.
         compact_every: steps between two checks whether pruned ranks are worth leaving out; 0 for never.
         route: "auto", for each layer the cheaper of the two ways to compute it; or "factored" or "effective" for all
             (see `acip_kernels.plan`). save_z: keep `x Vhᵀ` of every layer for the backward pass, as much memory as

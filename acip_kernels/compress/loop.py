@@ -120,11 +120,8 @@ class TrainingLoop:
             random.Random(f"{self.config.seed} {number}").getrandbits(63)
             for number in range(self.consumed, self.consumed + len(batches))
         ]
-        if self.processes.size > 1 and not self.compared:
-            self.processes.agree(
-                {"batches": digest(*(batch["input_ids"] for batch in batches))},
-                "give all of them the same batches, which are divided here",
-            )
+        if not self.compared:
+            self.processes.agree_on_batches(batches)
             self.compared = True
         self.consumed += len(batches)
         share = slice(self.processes.rank, None, self.processes.size)

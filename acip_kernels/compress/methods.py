@@ -125,15 +125,19 @@ def rank_singular_values(
     svd_cache=None,
     counting: Callable | None = None,
     processes: Processes | None = None,
+    each: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Factorize `model`, in place, and put the method's scores into its layers.
 
     counting: a context manager `counting(what, units)` that yields `progress(done, total)`, for each phase. processes:
     those that do it together, all with the same model and batches; the scores are the same bits for any number of them.
+    each: called with every new layer.
     """
     device = next(model.parameters()).device
     first = [with_labels(b, device) for b in itertools.islice(endless(batches), config.calibration_batches)]
-    decompose(model, first, config, svd_cache=svd_cache, counting=counting, processes=processes)
+    if processes is not None:
+        processes.agree_on_batches(first)
+    decompose(model, first, config, svd_cache=svd_cache, counting=counting, processes=processes, each=each)
     score(model, first, config, counting=counting, processes=processes)
 
 
@@ -145,6 +149,7 @@ def decompose(
     svd_cache=None,
     counting: Callable | None = None,
     processes: Processes | None = None,
+    each: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Factorize `model`, in place, in the basis of the method, which `batches`, with labels, calibrate."""
     counting = counting or _silent
@@ -175,6 +180,7 @@ def decompose(
             svd_cache=svd_cache,
             progress=advance,
             division=division,
+            each=each,
         )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +119,13 @@ class RankingRun(TrainingLoop):
     def rank(self) -> None:
         """Rank, or take the ranking of the run that is resumed: it may take as long as some of the training."""
         path, processes = None if self.output is None else self.output / RANKING, self.processes
+        # At once, so that no process ever holds all factors; ASVD cuts whole layers to see what they are worth.
+        shard = getattr(self.config, "shard", False) and self.config.allocation != "sensitivity"
+        each = (lambda layer: layer.shard(processes.mesh)) if shard else None
         if self.resuming and processes.on_main(path.exists):
             tensors = {}
             processes.on_main(lambda: tensors.update(files.read_tensors(path)))
-            put_factors(self.model, processes.broadcast_tensors(tensors))
+            put_factors(self.model, tensors, processes, each)
             return
         rank_singular_values(
             self.model,
@@ -130,9 +134,11 @@ class RankingRun(TrainingLoop):
             svd_cache=self.svd_cache,
             counting=self.bar.counting,
             processes=processes,
+            each=each,
         )
         if path is not None and self.first_phase != "done":
-            processes.on_main(lambda: files.write_tensors(path, ranking_tensors(self.model)))
+            tensors = {name: tensor for name, tensor in ranking_tensors(self.model) if processes.main}
+            processes.on_main(lambda: files.write_tensors(path, tensors))
 
     def ratio(self) -> float:
         return 1.0
@@ -211,25 +217,37 @@ class NestedRun(RankingRun):
         return self.training.parameters
 
 
-def ranking_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`{layer.U, layer.S, layer.Vh, layer.scores}` of a model's `SVDLinear`s, which `put_factors` takes back."""
-    return {
-        f"{name}.{key}": getattr(layer, key).contiguous()
-        for name, layer in svd_layers(model).items()
-        for key in ("U", "S", "Vh", "scores")
-    }
+def ranking_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`layer.U`, `layer.S`, `layer.Vh` and `layer.scores` of a model's `SVDLinear`s, by name, for `put_factors`."""
+    for name, layer in svd_layers(model).items():
+        U, Vh = layer.factors()
+        for key, tensor in (("U", U), ("S", layer.S), ("Vh", Vh), ("scores", layer.scores)):
+            yield f"{name}.{key}", tensor.contiguous()
 
 
-def put_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """`SVDLinear`s of `ranking_tensors` in the place of the model's layers."""
-    layers, replacements = linear_layers(model)[0], {}
-    for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
+def put_factors(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    processes: Processes | None = None,
+    each: Callable[[SVDLinear], None] | None = None,
+) -> None:
+    """`SVDLinear`s of `ranking_tensors`, which the first of `processes` has, in the place of the model's layers.
+
+    each: called with every new layer.
+    """
+    layers = linear_layers(model)[0]
+    processes = processes or Processes(next(model.parameters()).device)
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
+    for name in processes.broadcast_json(names):
         old = layers[name]
-        U, S, Vh = (tensors[f"{name}.{key}"].to(old.weight.device) for key in ("U", "S", "Vh"))
+        own = {key: tensors[f"{name}.{key}"] for key in ("U", "S", "Vh", "scores")} if processes.main else None
+        U, S, Vh, scores = (t.to(old.weight.device) for t in processes.broadcast_tensors(own).values())
         bias = None if old.bias is None else old.bias.to(U.dtype)
-        replacements[old] = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
-        replacements[old].scores.copy_(tensors[f"{name}.scores"])
-    replace_modules(model, replacements)
+        new = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
+        new.scores.copy_(scores)
+        replace_modules(model, {old: new})
+        if each is not None:
+            each(new)
 
 
 class NestedTraining:
@@ -244,7 +262,7 @@ class NestedTraining:
         self.model, self.sizing = model, sizing
         self.one_size = config.smallest_ratio == config.largest_ratio
         self.svd = svd_layers(model)
-        self.device = next(iter(self.svd.values())).U.device
+        self.device = next(iter(self.svd.values())).S.device
         self.processes, self.sharded = processes or Processes(self.device), config.shard
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -252,6 +270,7 @@ class NestedTraining:
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.removal = sizing.removal({name: layer.scores for name, layer in self.svd.items()})
         for name, layer in self.svd.items():
+            layer.unshard(self.device)
             order = layer.scores.sort(descending=True, stable=True).indices
             self.orders[name] = order
             nested = NestedLinear(

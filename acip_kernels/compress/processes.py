@@ -197,6 +197,14 @@ class Processes:
             more = f" (and {len(differences) - 2} differences more)" if len(differences) > 2 else ""
             raise _in_all(ValueError(f"the {self.size} processes differ: {'; '.join(differences[:2])}{more}; {advice}"))
 
+    def agree_on_batches(self, batches: list[dict]) -> None:
+        """`agree` on the tokens of `batches`, all of which every process has."""
+        if self.size > 1:
+            self.agree(
+                {"batches": digest(*(batch["input_ids"] for batch in batches))},
+                "give all of them the same batches, which are divided here",
+            )
+
     def owners(self, costs: dict[str, float]) -> dict[str, int]:
         """Which process does which of some tasks: the dearest first, each to whoever has least so far."""
         load, owners = [0.0] * self.size, {}

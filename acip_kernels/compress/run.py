@@ -90,10 +90,11 @@ class ACIPRun(TrainingLoop):
             names = choose_targets(linear_layers(self.model)[0], config.targets, config.exclude)
             division = Division.of(self.processes, self.model, names)
             if config.basis == "activations":
-                first = (
+                first = [
                     with_labels(b, self.device)
                     for b in itertools.islice(endless(self.batches), config.calibration_batches)
-                )
+                ]
+                self.processes.agree_on_batches(first)
                 with self.bar.counting("inputs", "batches") as advance:
                     covariances = input_covariances(
                         self.model, names, first, advance, config.calibration_batches, division
@@ -232,8 +233,9 @@ class ACIPRun(TrainingLoop):
 
     def take_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.map.scores = tensors["scores"].to(self.map.scores.device)
-        for name, keep in self.map.split(tensors["computed"]).items():
-            self.layers[name].compact(keep, join=True)
+        if not self.config.shard:
+            for name, keep in self.map.split(tensors["computed"]).items():
+                self.layers[name].compact(keep, join=True)
         if self.phase != "prune":
             phase = self.phase
             self.freeze_masks()

@@ -16,10 +16,10 @@ from transformers.distributed.tensor_parallel import TensorParallelLayer
 
 from ..nn import LowRankLinear, PivotLinear
 from ..nn.quantized_linear import QuantizedLinear
+from .quantizer import PARALLEL_PREFIX
 
 _COLUMN_WISE = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
 _ROW_WISE = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise")
-_PREFIX = "acip_"
 
 
 class ByForm(TensorParallelLayer):
@@ -63,7 +63,7 @@ class ByForm(TensorParallelLayer):
 
 
 for _name in (*_COLUMN_WISE, *_ROW_WISE):
-    ALL_PARALLEL_STYLES.register(_PREFIX + _name, ByForm(_name))
+    ALL_PARALLEL_STYLES.register(PARALLEL_PREFIX + _name, ByForm(_name))
 
 
 def divide_factors(model: nn.Module, plan: dict[str, str]) -> None:
@@ -75,14 +75,9 @@ def divide_factors(model: nn.Module, plan: dict[str, str]) -> None:
     for name, style in list(plan.items()):
         if name not in forms or style not in (*_COLUMN_WISE, *_ROW_WISE):
             continue
-        plan[name] = _PREFIX + style
+        plan[name] = PARALLEL_PREFIX + style
         by_rows = style in _ROW_WISE
         if LowRankLinear in forms[name]:
             plan[f"{name}.Vh" if by_rows else f"{name}.U"] = style
         if PivotLinear in forms[name] and by_rows:
             plan[f"{name}.P"] = style
-
-
-def name_styles_again(plan: dict[str, str]) -> None:
-    """Give the styles their own names once they have been applied: transformers asks a plan what is divided, and how."""
-    plan.update({name: style.removeprefix(_PREFIX) for name, style in plan.items()})

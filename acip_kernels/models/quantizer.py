@@ -32,6 +32,9 @@ log = logging.getLogger("acip_kernels")
 # lowest version that knows what it has.
 FORMAT_VERSION = 4
 
+# Of the styles in which `models.parallel` divides layers of which some are factorized.
+PARALLEL_PREFIX = "acip_"
+
 LAYER_OPTIONS = ("mask_scale", "adapter_rank", "adapter_alpha", "adapter_dropout", "source_type")
 
 
@@ -156,9 +159,9 @@ class AcipQuantizer(HfQuantizer):
         divide_factors(model, plan)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        from .parallel import name_styles_again
-
-        name_styles_again(model.tp_plan)
+        # Once the plan has been applied it has the styles' own names again: transformers asks it what is divided.
+        plan = getattr(model, "tp_plan", None) or {}
+        plan.update({name: style.removeprefix(PARALLEL_PREFIX) for name, style in plan.items()})
         for layer in _svd_layers(model):
             layer.__dict__.pop("weight", None)
         _be_ordinary(model)

@@ -287,11 +287,17 @@ class SVDLinear(nn.Module):
             self.sharded = Sharded(mesh, U=self.U, Vh=self.Vh)
             self.U = self.Vh = None
 
-    def unshard(self) -> None:
-        """Have both whole again, in the host's memory."""
+    def unshard(self, device="cpu") -> None:
+        """Have both whole again, on `device`."""
         if self.sharded is not None:
-            self.U, self.Vh = (self.sharded.whole(name).cpu() for name in ("U", "Vh"))
+            self.U, self.Vh = self.factors(device)
             self.sharded = None
+
+    def factors(self, device="cpu") -> tuple[Tensor, Tensor]:
+        """`U` and `Vh`; of a sharded layer copies on `device`, which all processes have to ask for together."""
+        if self.sharded is None:
+            return self.U, self.Vh
+        return tuple(self.sharded.whole(name).to(device) for name in ("U", "Vh"))
 
     def effective_weight(self, *, adapter: bool = True) -> Tensor:
         """`U diag(S β) Vh (+ (α/r) B A)  [out_features, in_features]`, in float32 or better."""
