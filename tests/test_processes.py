@@ -238,8 +238,11 @@ def both(function, directory, exits=(0, 0)):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_processes"])
     two = [context.Process(target=start, args=(rank, function, directory, port)) for rank in range(2)]
-    for process in two:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # The server that they are forked from does not get the path by itself (before Python 3.13).
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        for process in two:
+            process.start()
     for process in two:
         process.join(200)
         process.kill()
