@@ -70,8 +70,8 @@ def main():
     # As torchrun and the like say it.
     processes, rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
     try:
-        if processes > 1 and sys.argv[1:2] != ["compress"]:
-            raise ValueError(f"only `acip compress` runs in several processes, and WORLD_SIZE is {processes}")
+        if processes > 1 and sys.argv[1:2] not in (["compress"], ["run"]):
+            raise ValueError(f"only `acip compress` and `run` are for several processes, and WORLD_SIZE is {processes}")
         app()
     except (KeyboardInterrupt, SystemExit) as end:
         # typer makes an exit of Ctrl-C, and says nothing.

@@ -519,4 +519,4 @@ def test_other_commands_say_that_they_are_for_one_process(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["acip", "info"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "only `acip compress` runs in several processes" in capsys.readouterr().err
+    assert "only `acip compress` and `run` are for several processes" in capsys.readouterr().err
