@@ -7,7 +7,9 @@ import dataclasses
 import inspect
 import json
 import logging
+import os
 import pathlib
+import sys
 import tempfile
 import types
 import typing
@@ -65,13 +67,26 @@ def main():
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # a bar for every model that is loaded says nothing
+    # As torchrun and the like say it.
+    processes, rank = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("RANK") or 0)
     try:
+        if processes > 1 and sys.argv[1:2] not in (["compress"], ["run"]):
+            raise ValueError(f"only `acip compress` and `run` are for several processes, and WORLD_SIZE is {processes}")
         app()
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer makes an exit of Ctrl-C, and says nothing.
+        stop = end
+        while stop is not None and not isinstance(stop, KeyboardInterrupt):
+            stop = stop.__cause__ or stop.__context__
+        if stop is None:
+            raise
         console.print(f"[yellow]{stop or 'stopped'}[/]", highlight=False)
         raise SystemExit(130) from None
     except _MISTAKES as error:
-        console.print("error:", style="bold red", end=" ")
+        if rank and getattr(error, "in_all_processes", False):
+            raise SystemExit(1) from None
+        console.quiet = False
+        console.print(f"error in process {rank}:" if processes > 1 else "error:", style="bold red", end=" ")
         console.print(str(error) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
@@ -111,6 +126,7 @@ _CONFIG_HELP = {
     "dtype": "Of the model and its factors: auto, bfloat16, float32.",
     "gradient_accumulation": "Batches a step.",
     "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "shard": "Of several processes, each holds a part of the factors (FSDP) instead of all.",
     "compact_every": "Steps between two checks whether pruned ranks can be left out; 0 for never.",
     "route": "How layers are computed: auto (what is cheaper), factored, or effective (through a dense weight).",
     "save_z": "Keep the products with Vh for the backward pass: more memory, less time.",
@@ -239,12 +255,11 @@ def compress(
     Example: `acip compress HuggingFaceTB/SmolLM2-135M --data wikitext2 --steps 400 --stop-ratio 0.4 -o runs/smol`
 
     Then: `acip materialize runs/smol/elastic --size-ratio 0.6 -o smol-60`
+
+    On eight GPUs: `torchrun --nproc-per-node 8 -m acip_kernels compress …`, with `--shard` where a model is too large
+    for one. A step then takes eight times the batches; see docs/many-devices.md.
     """
-    from . import data as texts
-    from . import report
-    from .compress import compress as run
-    from .compress.config import cast
-    from .models.saving import checkpoint_dtype
+    from .compress.processes import joined
 
     settings = _configuration(method, recipe, steps, config)
     if compact and not settings.rebuilds:
@@ -252,6 +267,25 @@ def compress(
             "--compact keeps scores and adapters alone, and the base model does not give this method's factors again: "
             "leave it out, or take --recipe paper or --method svd"
         )
+    with joined(_device(device)) as own_device:
+        _compress(model, output, settings, data, column, batch_size, length, compact, resume, own_device, as_json)
+
+
+def _compress(model, output, settings, data, column, batch_size, length, compact, resume, device, as_json) -> None:
+    """`compress`, once it is clear with what, in this process."""
+    import torch
+
+    from . import data as texts
+    from . import report
+    from .compress import compress as run
+    from .compress.config import cast
+    from .compress.processes import Processes
+    from .models.saving import checkpoint_dtype
+
+    # Several processes speak with one voice.
+    main_process = Processes.current(torch.device(device)).main
+    if not main_process:
+        console.quiet = True
     loaded, tokenizer = _load(model, device, settings.dtype)
     stored_dtype = checkpoint_dtype(model)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
@@ -259,6 +293,8 @@ def compress(
     result = run(
         loaded, batches, settings, output=output, resume=resume, svd_cache=texts.svd_cache(model), progress=not as_json
     )
+    if not main_process:
+        return
     # What is fast to compute with here is no reason to store twice the bytes.
     cast(result.model, stored_dtype or result.model.dtype)
     target = output / "elastic"
@@ -1148,3 +1184,7 @@ def _short(value) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
     return str(value)
+
+
+if __name__ == "__main__":
+    main()

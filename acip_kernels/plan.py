@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -111,6 +111,60 @@ def training_memory(
     return TrainingMemory(
         frozen * itemsize, 4 * 4 * (full_rank + adapter_rank * both), tokens * (in_features + kept) * itemsize
     )
+
+
+def run_memory(
+    shapes: Iterable[tuple[int, int]],
+    rest: int,
+    *,
+    method: str = "nested",
+    processes: int = 1,
+    shard: bool = False,
+    rank: int = 32,
+    teacher: bool = True,
+    itemsize: int = 2,
+) -> dict[str, int]:
+    """What each process of a run holds on its device, in bytes, without activations; see `docs/many-devices.md`.
+
+    shapes: `(out, in)` of every factorized layer, with `k` the smaller of the two. rest: numbers in the rest of the
+    model. method: "nested" or "acip". rank: of the updates, or of the adapters. teacher: whether the dense model
+    teaches (nested). itemsize: bytes a number of the model's dtype. The terms, `N` being 1 without `shard`:
+
+    - calibration: the dense model, and in float64 second moments of every layer's inputs and gradients, which are
+      always divided: `itemsize (Σ out in + rest) + 8 Σ (in² + out²) / processes`; acip's plain basis needs none.
+    - rest: `itemsize rest`, in every process.
+    - factors: `itemsize Σ k (out + in) / N`; of nested `4 Σ k (out + in) / N` more, what the updates are added to.
+    - teacher: `itemsize Σ out in / N`.
+    - trained: parameter, gradient and AdamW's moments in float32, in every process: `16 Σ r (out + in + 2 k)` of
+      nested, `16 Σ (k + r (out + in))` of acip.
+    - gathered: of sharded factors, the layer that is computed with: twice `itemsize k (out + in)` of the largest, as it
+      arrives and as it is used.
+    """
+    if method not in ("nested", "acip"):
+        raise ValueError(f"method must be nested or acip, got {method!r}")
+    shapes, nested, parts = list(shapes), method == "nested", processes if shard else 1
+
+    def total(of: Callable[[int, int, int], int]) -> int:
+        return sum(of(out, in_, min(out, in_)) for out, in_ in shapes)
+
+    numbers, weights = total(lambda out, in_, k: k * (out + in_)), total(lambda out, in_, k: out * in_)
+    moments = 8 * total(lambda out, in_, k: out * out + in_ * in_) if nested else 0
+    adapters = 0 if nested else rank
+    if nested:
+        trained = total(lambda out, in_, k: rank * (out + in_ + 2 * k))
+    else:
+        trained = total(lambda out, in_, k: k + rank * (out + in_))
+    # A run of whole factors has copies of the adapters among them.
+    joined = 0 if shard else total(lambda out, in_, k: adapters * (out + in_))
+    largest = max(min(shape) * sum(shape) for shape in shapes)
+    return {
+        "calibration": itemsize * (weights + rest) + -(-moments // processes),
+        "rest": itemsize * rest,
+        "factors": -(-(itemsize + 4 * nested) * numbers // parts) + itemsize * joined,
+        "teacher": -(-itemsize * weights // parts) if nested and teacher else 0,
+        "trained": 16 * trained,
+        "gathered": 2 * itemsize * largest if shard else 0,
+    }
 
 
 # The effective route holds a dense W beside the factors: it has to save this share of the operations to be worth it.

@@ -197,7 +197,7 @@ def shared_ranking(model, calibration, config: RankingConfig, work: pathlib.Path
         put_factors(model, files.read_tensors(path))
     else:
         decompose(model, first, config, svd_cache=texts.svd_cache(texts.demo_model()))
-        files.write_tensors(path, ranking_tensors(model))
+        files.write_tensors(path, dict(ranking_tensors(model)))
     score(model, first, config)
 
 

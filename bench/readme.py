@@ -20,6 +20,7 @@ from . import (
     generate,
     kernel_builds,
     kernels_gpu,
+    many_devices,
     quality,
     quality_bits,
     quality_search,
@@ -33,6 +34,7 @@ from . import (
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README, TRAINING, QUALITY = ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "quality.md"
 DECODING, GPU = ROOT / "docs" / "decoding.md", ROOT / "docs" / "gpu.md"
+MANY_DEVICES = ROOT / "docs" / "many-devices.md"
 RESULT = ROOT / "bench" / "results" / "demo.json"
 BEGIN, END = "<!-- made by bench/readme.py -->", "<!-- end -->"
 
@@ -320,7 +322,7 @@ def main(source: str | None = None) -> None:
         for name in ("perplexity", "history", "ranks-0.6"):
             shutil.copyfile(plots / f"{name}.svg", ROOT / "docs" / f"demo-{name}.svg")
     made = {README: block(files.read_json(RESULT)), TRAINING: training_block(), QUALITY: quality_block()}
-    made |= {DECODING: decoding_block(), GPU: gpu_block()}
+    made |= {DECODING: decoding_block(), GPU: gpu_block(), MANY_DEVICES: many_devices.block()}
     for path, text in made.items():
         files.write_text(path, with_block(path.read_text("utf-8"), text))
 

@@ -53,9 +53,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     toys.llama(max_position_embeddings=128).save_pretrained(folder / "toy")
     toys.tokenizer().save_pretrained(folder / "toy")
-    pick = torch.Generator().manual_seed(0)
-    tokens = torch.randint(2, toys.VOCABULARY, (3000,), generator=pick).tolist()
-    (folder / "text.txt").write_text(" ".join(f"w{token}" for token in tokens))
+    (folder / "text.txt").write_text(toys.text())
     options = ("--recipe", "paper", "--steps", 6, "--stop-ratio", 0.5, "--adapter-rank", 2, *BATCHES)
     summary = as_json("compress", folder / "toy", "-d", folder / "text.txt", "-o", folder / "run", *options)
     return folder, summary

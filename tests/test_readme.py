@@ -42,6 +42,11 @@ def test_the_gpu_pages_numbers_are_those_of_the_committed_results():
     assert readme.with_block(text, readme.gpu_block()) == text
 
 
+def test_the_page_on_many_devices_has_what_its_functions_compute():
+    text = readme.MANY_DEVICES.read_text("utf-8")
+    assert readme.with_block(text, readme.many_devices.block()) == text
+
+
 def test_its_result_shows_what_the_demo_must():
     summary = files.read_json(readme.RESULT)
     rows = {(row["method"], row["size_ratio"]): row for row in summary["rows"]}

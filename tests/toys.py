@@ -90,6 +90,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", chat_template=template)
 
 
+def text(words=3000):
+    tokens = torch.randint(2, VOCABULARY, (words,), generator=torch.Generator().manual_seed(0)).tolist()
+    return " ".join(f"w{token}" for token in tokens)
+
+
 def token_ids(batch=2, length=12, seed=7):
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 

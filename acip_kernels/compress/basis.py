@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,6 +11,37 @@ from torch import Tensor, nn
 from ..models.loss import IGNORE
 from ..models.targets import weight_of
 from ..nn.svd_linear import svd
+from .processes import Processes
+
+
+@dataclasses.dataclass
+class Division:
+    """How what is taken from the data, and decomposed, is divided among processes.
+
+    Each computes with a batch in turn; `owners` says which has a layer's sums over all batches, and decomposes it. The
+    sums are made in the order of the batches, so that they are the same bits for any number of processes.
+    """
+
+    processes: Processes
+    owners: dict[str, int]
+    # How many processes have a batch of their own at present; what the others compute does not count.
+    busy: int = 1
+
+    @classmethod
+    def of(cls, processes: Processes, model: nn.Module, names: Iterable[str]) -> Division:
+        """By what decompositions cost."""
+        shapes = {name: weight_of(model.get_submodule(name)).shape for name in names}
+        return cls(
+            processes, processes.owners({n: float(out * in_ * min(out, in_)) for n, (out, in_) in shapes.items()})
+        )
+
+    @classmethod
+    def none(cls, names: Iterable[str]) -> Division:
+        """This process has all."""
+        return cls(Processes(torch.device("cpu")), dict.fromkeys(names, 0))
+
+    def has(self, name: str) -> bool:
+        return self.owners[name] == self.processes.rank
 
 
 @torch.no_grad()
@@ -19,19 +51,22 @@ def input_covariances(
     batches: Iterable[dict],
     progress: Callable[[int, int], None] | None = None,
     total: int | None = None,
+    division: Division | None = None,
 ) -> dict[str, Tensor]:
     """`XᵀX / tokens`, float64 `[in, in]`, of the inputs of the layers `names` over `batches`.
 
     Every batch is a dict of the model's arguments. A layer that no batch reaches (an expert, say) gets zeros, which
-    `whitened_svd` takes for an unknown input.
+    `whitened_svd` takes for an unknown input. With a `division` among processes, which all give the same batches, the
+    result has the layers that this one owns.
     """
     names = list(names)
-    inputs = _Moments(dict.fromkeys(names, "in"))
+    division = division or Division.none(names)
+    inputs = _Moments(dict.fromkeys(names, "in"), division)
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: inputs.add(name, args[0]))
         for name in names
     ]
-    _over(model, batches, hooks, lambda batch: model(**batch), progress, total)
+    _over(model, batches, hooks, lambda batch: model(**batch), progress, total, division)
     return inputs.means(model)
 
 
@@ -41,25 +76,32 @@ def input_magnitudes(
     batches: Iterable[dict],
     progress: Callable[[int, int], None] | None = None,
     total: int | None = None,
+    division: Division | None = None,
 ) -> dict[str, Tensor]:
-    """The mean magnitude of each input feature of the layers `names` over `batches`, float64 `[in]`."""
-    sums: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(names, 0)
+    """The mean magnitude of each input feature of the layers `names` over `batches`, float64 `[in]`.
+
+    `division` as for `input_covariances`.
+    """
+    names = list(names)
+    division = division or Division.none(names)
+    sums = _Sums(names, division)
 
     def hook(name: str):
         def add(module, args):
-            magnitudes = args[0].detach().reshape(-1, args[0].shape[-1]).abs().sum(0, dtype=torch.float64)
-            sums[name] = magnitudes if name not in sums else sums[name].add_(magnitudes)
-            tokens[name] += args[0].numel() // args[0].shape[-1]
+            flat = args[0].detach().reshape(-1, args[0].shape[-1])
+            sums.add(name, flat.abs().sum(0, keepdim=True, dtype=torch.float64), len(flat))
 
         return add
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in tokens]
-    _over(model, batches, hooks, lambda batch: model(**batch), progress, total)
-    for name in tokens:
-        if not tokens[name]:  # no batch reached it
-            sums[name] = torch.zeros(weight_of(model.get_submodule(name)).shape[1], dtype=torch.float64)
-    return {name: sums[name] / max(tokens[name], 1) for name in tokens}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    _over(model, batches, hooks, lambda batch: model(**batch), progress, total, division)
+    means = {}
+    for name in filter(division.has, names):
+        if name in sums.sums:
+            means[name] = sums.sums[name][0] / sums.tokens[name]
+        else:  # no batch reached it
+            means[name] = torch.zeros(weight_of(model.get_submodule(name)).shape[1], dtype=torch.float64)
+    return means
 
 
 @torch.no_grad()
@@ -69,15 +111,18 @@ def layer_covariances(
     batches: Iterable[dict],
     progress: Callable[[int, int], None] | None = None,
     total: int | None = None,
+    division: Division | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """`XᵀX / tokens` of the inputs, as `input_covariances`, and `GᵀG / tokens` of the gradients at the outputs.
 
     `G [tokens, out]` is the gradient of the *sum* over tokens of the next-token loss; its second moment is float64
     `[out, out]`. Together they are the Kronecker-factored approximation of the loss's curvature in a layer's weight
-    (K-FAC, arXiv 1503.05671, with the empirical Fisher matrix). Batches need `labels`.
+    (K-FAC, arXiv 1503.05671, with the empirical Fisher matrix). Batches need `labels`. `division` as for
+    `input_covariances`.
     """
     names = list(names)
-    inputs, gradients = _Moments(dict.fromkeys(names, "in")), _Moments(dict.fromkeys(names, "out"))
+    division = division or Division.none(names)
+    inputs, gradients = (_Moments(dict.fromkeys(names, side), division) for side in ("in", "out"))
 
     def hook(name: str):
         def add(module, args, output):
@@ -100,7 +145,7 @@ def layer_covariances(
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        _over(model, batches, hooks, step, progress, total)
+        _over(model, batches, hooks, step, progress, total, division)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -111,16 +156,38 @@ def layer_covariances(
 _MOMENT_ROWS = 192
 
 
-class _Moments:
-    """Second moments `Σ tᵀt` of what flows through layers, in float64, and over how many tokens.
+class _Sums:
+    """Sums of matrices over batches, in float64, by layer, and over how many tokens; each at its layer's owner."""
+
+    def __init__(self, names: Iterable[str], division: Division):
+        self.division = division
+        self.numbers = {name: number for number, name in enumerate(names)}
+        self.sums: dict[str, Tensor] = {}
+        self.tokens = dict.fromkeys(self.numbers, 0)
+
+    def add(self, name: str, matrix: Tensor, tokens: int) -> None:
+        division, processes = self.division, self.division.processes
+        if processes.size == 1:
+            self.sums[name] = matrix.double() if name not in self.sums else self.sums[name].add_(matrix)
+            self.tokens[name] += tokens
+            return
+        self.tokens[name] += sum(_meet(division, self.numbers[name], tokens)[: division.busy])
+        for rows, blocks in processes.gather_rows(division.owners[name], matrix):
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(matrix, dtype=torch.float64)
+            for block in blocks[: division.busy]:
+                self.sums[name][rows].add_(block)
+
+
+class _Moments(_Sums):
+    """Second moments `Σ tᵀt` of what flows through layers.
 
     They are symmetric, and take longer than the passes through the model: only blocks from the diagonal on are made.
     """
 
-    def __init__(self, sides: dict[str, str]):
+    def __init__(self, sides: dict[str, str], division: Division):
+        super().__init__(sides, division)
         self.sides = sides
-        self.sums: dict[str, Tensor] = {}
-        self.tokens = dict.fromkeys(sides, 0)
         self.latest: tuple = (None, None)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -132,14 +199,14 @@ class _Moments:
                 rows = slice(start, start + _MOMENT_ROWS)
                 torch.mm(flat[:, rows].t(), flat[:, start:], out=product[rows, start:])
             self.latest = tensor, product
-        product = self.latest[1]
-        self.sums[name] = product.double() if name not in self.sums else self.sums[name].add_(product)
-        self.tokens[name] += tensor.numel() // tensor.shape[-1]
+        super().add(name, self.latest[1], tensor.numel() // tensor.shape[-1])
 
     def means(self, model: nn.Module) -> dict[str, Tensor]:
         self.latest = None, None
         means = {}
         for name, side in self.sides.items():
+            if not self.division.has(name):
+                continue
             if self.tokens[name]:
                 # Taken out, so that a wide model's moments are not held twice.
                 upper = self.sums.pop(name).triu_().div_(self.tokens[name])
@@ -151,13 +218,31 @@ class _Moments:
         return means
 
 
-def _over(model, batches, hooks, step, progress, total) -> None:
+def _meet(division: Division, number: int, tokens: int = 0) -> list[int]:
+    """Every process's tokens at the layer of that number, which all must have come to; -1 for the end of a batch."""
+    processes = division.processes
+    everybody = processes.all_tensors(torch.tensor([number, tokens], device=processes.device))
+    numbers, counts = torch.stack(everybody).t().tolist()
+    if any(other != number for other in numbers):
+        names = [*division.owners, "the end"]
+        raise ValueError(
+            "the batches of different processes take different ways through the model, as between experts: rank 0 is "
+            f"at {names[numbers[0]]} while another is at {names[next(n for n in numbers if n != numbers[0])]}; "
+            "rank the singular values in one process"
+        )
+    return counts
+
+
+def _over(model, batches, hooks, step, progress, total, division) -> None:
     """`step` for every batch, the model in evaluation mode; removes the hooks."""
-    training = model.training
+    training, done = model.training, 0
     model.eval()
     try:
-        for done, batch in enumerate(batches, 1):
+        for batch, some in division.processes.rounds(batches):
+            division.busy, done = len(some), done + len(some)
             step(batch)
+            if division.processes.size > 1:
+                _meet(division, -1)
             if progress is not None:
                 progress(done, total or done)
     finally:

@@ -47,11 +47,15 @@ class CompressionConfig:
     How it is computed:
         dtype: "auto" (see `compute_dtype`), or the name of a torch dtype for the model and its factors; masks,
             scores and adapters are float32 in any case.
-        gradient_accumulation: batches a step. gradient_checkpointing: recompute activations to save memory.
+        gradient_accumulation: batches a step, in each process. gradient_checkpointing: recompute activations to save
+            memory.
         compact_every: steps between two checks whether pruned ranks are worth leaving out; 0 for never.
         route: "auto", for each layer the cheaper of the two ways to compute it; or "factored" or "effective" for all
             (see `acip_kernels.plan`). save_z: keep `x Vhᵀ` of every layer for the backward pass, as much memory as
             the layers' inputs; False computes it again. lean_loss: never store all logits, where that is the same loss.
+        shard: of several processes, each holds a part of the factors, put together layer by layer as they are computed
+            with (FSDP); otherwise each holds all. Dead ranks are then computed to the end, as if `compact_every` were
+            0, and every layer goes by `route` "factored".
         checkpoint_seconds: time between two checkpoints of the run.
         seed: of the adapters' start and of dropout.
     """
@@ -86,6 +90,7 @@ class CompressionConfig:
     route: str = "auto"
     save_z: bool = True
     lean_loss: bool = True
+    shard: bool = False
     checkpoint_seconds: float = 120.0
     seed: int = 0
 

@@ -14,7 +14,7 @@ from .. import files
 from ..models.targets import choose_targets, is_conv1d, linear_layers, weight_of
 from ..nn import SVDLinear
 from ..nn.svd_linear import svd
-from .basis import whitened_svd
+from .basis import Division, whitened_svd
 
 log = logging.getLogger("acip_kernels")
 
@@ -35,6 +35,8 @@ def factorize(
     seed: int = 0,
     backend: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    division: Division | None = None,
+    each: Callable[[SVDLinear], None] | None = None,
 ) -> list[str]:
     """Replace `model`'s linear layers by `SVDLinear`, in place, and return their names.
 
@@ -54,6 +56,9 @@ def factorize(
             run starts at once, and an interrupted one goes on where it was. None keeps nothing.
         seed: of the adapters' start.
         progress: called as `progress(done, total)` after every layer.
+        division: among several processes, which all call this with the same model: each decomposes the layers that it
+            owns (`progress` counts those) and sends them to the others; covariances are needed for those alone.
+        each: called with every new layer.
 
     Raises:
         ValueError: targets that mean no layer, a weight that is not finite (its layer is named), or a model that
@@ -71,33 +76,53 @@ def factorize(
         if not bool(torch.isfinite(weight_of(layers[name])).all()):
             raise ValueError(f"{name}.weight holds NaN or infinite values; the model cannot be factorized")
 
+    def decomposition(name: str) -> tuple[Tensor, Tensor, Tensor]:
+        weight = weight_of(layers[name]).detach()
+        weight = weight if dtype is None else weight.to(dtype)
+        return cached_svd(weight, svd_cache, (covariances or {}).get(name), (gradient_covariances or {}).get(name))
+
     places = _places(model)
     generator = {}
-    for done, name in enumerate(names, 1):
+    for name, factors in _decompositions(names, decomposition, division, progress):
         layer = layers[name]
-        weight = weight_of(layer).detach()
-        if dtype is not None:
-            weight = weight.to(dtype)
-        if weight.device not in generator:
-            generator[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+        where = weight_of(layer).device
+        if where not in generator:
+            generator[where] = torch.Generator(where).manual_seed(seed)
         bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
         new = SVDLinear(
-            *cached_svd(weight, svd_cache, (covariances or {}).get(name), (gradient_covariances or {}).get(name)),
+            *factors,
             bias,
             mask_scale=mask_scale,
             adapter_rank=adapter_rank,
             adapter_alpha=adapter_alpha,
             adapter_dropout=adapter_dropout,
             source_type="Conv1D" if is_conv1d(layer) else "Linear",
-            generator=generator[weight.device],
+            generator=generator[where],
             backend=backend,
         )
         new.train(layer.training)
         for parent, child_name in places[id(layer)]:
             setattr(parent, child_name, new)
-        if progress is not None:
-            progress(done, len(names))
+        if each is not None:
+            each(new)
     return names
+
+
+def _decompositions(names: list[str], decomposition: Callable, division: Division | None, progress: Callable | None):
+    """`(name, (U, S, Vh))` of every layer, decomposed as they are asked for, or by the process that owns each."""
+    progress = progress or (lambda done, total: None)
+    if division is None or division.processes.size == 1:
+        for done, name in enumerate(names, 1):
+            yield name, decomposition(name)
+            progress(done, len(names))
+        return
+    mine, own = {}, [name for name in names if division.has(name)]
+    for done, name in enumerate(own, 1):
+        mine[name] = dict(zip(("U", "S", "Vh"), decomposition(name), strict=True))
+        progress(done, len(own))
+    for name in names:
+        factors = division.processes.broadcast_tensors(mine.pop(name, None), division.owners[name])
+        yield name, tuple(factors.values())
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:

@@ -13,6 +13,7 @@ from ..nn.quantized_linear import QuantizedLinear
 from .config import DTYPES, CompressionConfig
 from .factorize import svd_layers
 from .nested import NestedConfig
+from .processes import Processes
 from .progress import RunProgress
 from .result import CompressionResult
 from .run import compress
@@ -95,6 +96,8 @@ def finetune(
         if not any(isinstance(module, SVDLinear) for module in model.modules()):
             _put_adapters(model, adapter_rank, adapter_alpha, adapter_dropout)
         config = CompressionConfig(adapter_learning_rate=learning_rate, gradient_accumulation=gradient_accumulation)
+        if Processes.current(device).size > 1:
+            raise ValueError("adapters are tuned in one process; compress, and finetune at a size_ratio, take several")
         step = TrainingStep(model, config)
         if not step.adapters:
             raise ValueError("the model's low-rank layers have no adapter to train")

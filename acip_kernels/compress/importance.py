@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..models.loss import CausalLoss
 from .factorize import svd_layers
+from .processes import Processes
 from .sizing import Sizing
 from .step import with_labels
 
@@ -18,6 +19,7 @@ def gradient_importance(
     batches: Iterable[dict],
     progress: Callable[[int, int], None] | None = None,
     total: int | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Tensor]:
     """`{layer: [k]}`: the mean over sequences of the squared masked singular-value gradient, `(S_i Σ_tokens z_i h_i)²`.
 
@@ -31,23 +33,30 @@ def gradient_importance(
     training = model.training
     model.eval()
     loss_of = CausalLoss(model)
+    processes = processes or Processes(torch.device("cpu"))
     device = next(iter(layers.values())).mask.device
-    sums = {name: torch.zeros(layer.full_rank, dtype=torch.float64, device=device) for name, layer in layers.items()}
-    sequences = 0
+    sizes = [layer.full_rank for layer in layers.values()]
+    total_sum = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    sequences = done = 0
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in wanted)
-        for done, batch in enumerate(batches, 1):
+        for batch, some in processes.rounds(batches):
             batch = with_labels(batch, device)
+            own = torch.zeros_like(total_sum)
             for row in range(len(batch["input_ids"])):
                 one = {key: value[row : row + 1] for key, value in batch.items()}
                 tokens = int((one["labels"][:, 1:] >= 0).sum())
                 (loss_of(one) * tokens).backward()
-                for name, layer in layers.items():
+                for part, layer in zip(own.split(sizes), layers.values(), strict=True):
                     # The mask's gradient is 1/c times that of β.
-                    sums[name] += (layer.mask.grad.double() * layer.mask_scale) ** 2
+                    part += (layer.mask.grad.double() * layer.mask_scale) ** 2
                     layer.mask.grad = None
-                sequences += 1
+            # In the order of the batches, so that any number of processes gives the same bits.
+            for of_a_batch in processes.all_tensors(own)[: len(some)]:
+                total_sum += of_a_batch
+            sequences += sum(len(each["input_ids"]) for each in some)
+            done += len(some)
             if progress is not None:
                 progress(done, total or done)
     finally:
@@ -56,7 +65,7 @@ def gradient_importance(
             parameter.requires_grad_(requires_grad)
     if not sequences:
         raise ValueError("batches are empty: the importance is a mean over sequences")
-    return {name: total_sum / sequences for name, total_sum in sums.items()}
+    return dict(zip(layers, (total_sum / sequences).split(sizes), strict=True))
 
 
 def scores_by_worth(importance: dict[str, Tensor], sizing: Sizing) -> dict[str, Tensor]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
+import os
 import pathlib
+import random
 import signal
 import threading
 import time
@@ -18,6 +21,7 @@ from torch import Tensor
 from .. import files
 from ..ops import extension
 from ..report import read_history
+from .processes import Processes, digest, fingerprint
 from .progress import RunProgress
 from .step import endless
 
@@ -25,6 +29,12 @@ log = logging.getLogger("acip_kernels")
 
 CHECKPOINT = "checkpoint.safetensors"
 HISTORY = "history.jsonl"
+
+# What of a configuration is no part of what is computed; batches a step are compared by themselves.
+_FREE = ("checkpoint_seconds", "shard", "gradient_accumulation")
+# A second signal within so many seconds is the first one's echo: torchrun sends on to its processes what they, as the
+# terminal's processes in front, have already had from Ctrl-C.
+_ECHO_SECONDS = 1.0
 
 
 class TrainingLoop:
@@ -35,6 +45,9 @@ class TrainingLoop:
     `(phase, done, total, about)` for the bars; and what a checkpoint holds beside the parameters in
     `named_parameters()` and their optimizer state: `tensors()`, taken back by `take_tensors`, and `fields()`, numbers
     that are attributes of the run.
+
+    In a process group all processes make the run together, with the same model, batches and configuration: of the
+    batches of a step each takes its share (`next_batches`), the first process alone writes, and all stop together.
     """
 
     format_version: int
@@ -47,13 +60,20 @@ class TrainingLoop:
         self.output = None if output is None else pathlib.Path(output)
         if resume and output is None:
             raise ValueError("resume needs the output directory of the run to go on with")
-        self.resuming = resume and (self.output / CHECKPOINT).exists()
-        if not resume and self.output is not None and (self.output / CHECKPOINT).exists():
+        self.device = next(model.parameters()).device
+        self.processes = Processes.current(self.device)
+        if getattr(config, "shard", False) and self.processes.size == 1:
+            raise ValueError(
+                "shard: the factors are divided among several processes, and this is one: "
+                "start them with torchrun, or leave shard out"
+            )
+        there = self.processes.on_main(lambda: self.output is not None and (self.output / CHECKPOINT).exists())
+        self.resuming = resume and there
+        if there and not resume:
             raise ValueError(
                 f"{self.output} holds the checkpoint of a run: resume it, or give another output directory"
             )
-        self.bar = RunProgress(enabled=progress)
-        self.device = next(model.parameters()).device
+        self.bar = RunProgress(enabled=progress and self.processes.main)
         self.svd_cache = svd_cache
         self.step = self.consumed = 0
         self.phase = self.first_phase
@@ -63,6 +83,11 @@ class TrainingLoop:
 
     def go(self) -> None:
         devices = [self.device] if self.device.type == "cuda" else []
+        if self.processes.size > 1:
+            self.processes.agree(
+                {"run": type(self).__name__, "config": self.config.to_dict(), "model": fingerprint(self.model)},
+                "start all of them with the same arguments and model",
+            )
         with self.alone(), torch.random.fork_rng(devices), self.bar, self.stopping_gently():
             self.prepare()
             if self.device.type == "cpu" and extension.missing:
@@ -70,10 +95,10 @@ class TrainingLoop:
             torch.manual_seed(self.config.seed)
             if self.resuming:
                 self.restore()
-            elif self.output is not None:
+            elif self.output is not None and self.processes.main:
                 # Of a run that ended before its first checkpoint.
                 (self.output / HISTORY).unlink(missing_ok=True)
-            self.feed = endless(self.batches, self.consumed)
+            self.feed, self.compared = endless(self.batches, self.consumed), False
             self.saved_at = time.monotonic()
             self.bar.update(self.progress())
             while self.phase != "done":
@@ -86,42 +111,86 @@ class TrainingLoop:
         if self.output is None:
             yield
             return
-        self.output.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.output / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise RuntimeError(
-                f"{self.output} is in use by another run: wait for its end, or give another output directory"
-            ) from None
-        except NotImplementedError:  # a file system without locks
-            log.warning("%s cannot be locked: let no other run write there", self.output)
-        try:
+
+        def acquire() -> None:
+            self.output.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise RuntimeError(
+                    f"{self.output} is in use by another run: wait for its end, or give another output directory"
+                ) from None
+            except NotImplementedError:  # a file system without locks
+                log.warning("%s cannot be locked: let no other run write there", self.output)
             for name in self.kept:
                 files.remove_unfinished(self.output / name)
+
+        try:
+            self.processes.on_main(acquire)
             yield
         finally:
             lock.release()
+
+    # ---- what a step takes
+
+    @property
+    def batches_a_step(self) -> int:
+        """Of all processes."""
+        return self.config.gradient_accumulation * self.processes.size
+
+    def next_batches(self) -> tuple[list[dict], list[int]]:
+        """This process's share of the next step's batches, and for each a seed of what is random in its passes.
+
+        N processes that take b batches each take what one takes by an accumulation of N b: the first process the
+        first, the (N + 1)th and so on. A batch's seed follows from its number alone.
+        """
+        batches = list(itertools.islice(self.feed, self.batches_a_step))
+        seeds = [
+            random.Random(f"{self.config.seed} {number}").getrandbits(63)
+            for number in range(self.consumed, self.consumed + len(batches))
+        ]
+        if not self.compared:
+            self.processes.agree_on_batches(batches)
+            self.compared = True
+        self.consumed += len(batches)
+        share = slice(self.processes.rank, None, self.processes.size)
+        return batches[share], seeds[share]
 
     # ---- what is kept
 
     def record(self, row: dict) -> None:
         self.history.append(row)
-        if self.output is not None:
+        due = False
+        if self.output is not None and self.processes.main:
             self.output.mkdir(parents=True, exist_ok=True)
             with open(self.output / HISTORY, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             due = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
-            if due or self.stop_requested or self.phase == "done":
-                self.save_checkpoint()
+        # By the first process's clock, and by a signal to any.
+        due, stop = self.processes.any(due, self.stop_requested)
+        if self.output is not None and (due or stop or self.phase == "done"):
+            self.save_checkpoint()
         self.bar.update(self.progress())
         if self.on_step is not None:
             self.on_step(row)
-        if self.stop_requested and self.phase != "done":
+        if stop and self.phase != "done":
             raise KeyboardInterrupt(f"stopped after step {self.step - 1}; resume goes on from there")
 
     def save_checkpoint(self, random_state=None) -> None:
+        """The first process writes what all of them have; they go on when it is written."""
         random_state = random_state or random_state_of(self.device)
+        if self.processes.size > 1:
+            few = [parameter.detach().reshape(-1)[:1024] for parameter in self.named_parameters().values()]
+            self.processes.agree(
+                {"parameters": digest(*few)},
+                f"they have come apart by step {self.step}: their machines, or what is installed on them, compute "
+                "differently; the last checkpoint is from before that",
+            )
+        self.processes.on_main(lambda: self.write_checkpoint(random_state))
+        self.saved_at = time.monotonic()
+
+    def write_checkpoint(self, random_state) -> None:
         tensors = {f"random.{key}": value for key, value in random_state.items()} | self.tensors()
         for name, parameter in self.named_parameters().items():
             tensors[f"parameter.{name}"] = parameter.detach()
@@ -137,10 +206,10 @@ class TrainingLoop:
             "consumed": self.consumed,
             "seconds": self.seconds,
             "config": self.config.to_dict(),
+            "batches_a_step": self.batches_a_step,
             "layers": self.fingerprint(),
         }
         files.write_tensors(self.output / CHECKPOINT, tensors, {"acip": json.dumps(about | self.fields())})
-        self.saved_at = time.monotonic()
 
     def fingerprint(self) -> dict[str, list[float]]:
         """What tells another model's layers from these: the sum and the largest of the singular values."""
@@ -148,29 +217,53 @@ class TrainingLoop:
 
     def restore(self) -> None:
         path = self.output / CHECKPOINT
-        with files.open_tensors(path) as file:
+        tensors = {}
+
+        @contextlib.contextmanager
+        def damaged():
             try:
-                about = dict(json.loads((file.metadata() or {}).get("acip", "{}")))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path} does not say what run it is of: {error}") from None
-            if (about.get("format_version"), about.get("run")) != (self.format_version, type(self).__name__):
-                raise ValueError(
-                    f"{path} is of another method, or of another version of compress(): give another output directory"
-                )
-            try:
-                self.check_same_run(path, about)
-                self.take(about, {name: files.read_tensor(file, path, name) for name in list(file.keys())})
+                yield
             except (KeyError, TypeError, AttributeError, RuntimeError) as error:
                 raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
-    def take(self, about: dict, tensors: dict[str, Tensor]) -> None:
-        """Go back to where a checkpoint was written."""
+        def read() -> dict:
+            with files.open_tensors(path) as file:
+                try:
+                    about = dict(json.loads((file.metadata() or {}).get("acip", "{}")))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise ValueError(f"{path} does not say what run it is of: {error}") from None
+                if (about.get("format_version"), about.get("run")) != (self.format_version, type(self).__name__):
+                    raise ValueError(
+                        f"{path} is of another method, or of another version of compress(): "
+                        "give another output directory"
+                    )
+                with damaged():
+                    self.check_same_run(path, about)
+                    tensors.update({name: files.read_tensor(file, path, name) for name in list(file.keys())})
+                    return about | {"history": self.rows_before(about)}
+
+        # The other processes need not see the first one's files.
+        about = self.processes.on_main(read)
+        tensors = self.processes.broadcast_tensors(tensors)
+        with damaged():
+            self.take(about, tensors)
+        self.history = about["history"]
+        # Steps after the checkpoint are made again.
+        rows = "".join(json.dumps(row) + "\n" for row in self.history)
+        self.processes.on_main(lambda: files.write_text(self.output / HISTORY, rows))
+
+    def rows_before(self, about: dict) -> list[dict]:
+        """The history up to a checkpoint."""
         step, history = about["step"], self.output / HISTORY
         if type(step) is not int or type(about["consumed"]) is not int or about["phase"] not in self.phases:
             raise TypeError(f"step {step!r}, phase {about['phase']!r}, {about['consumed']!r} batches")
         rows = read_history(history)[:step] if step else []
         if [row.get("step") for row in rows] != list(range(step)):
             raise ValueError(f"{history} does not hold the {step} steps of {self.output / CHECKPOINT}")
+        return rows
+
+    def take(self, about: dict, tensors: dict[str, Tensor]) -> None:
+        """Go back to where a checkpoint was written."""
         for field in ("step", "phase", "consumed", "seconds", *self.fields()):
             setattr(self, field, about[field])
         with torch.no_grad():
@@ -185,18 +278,23 @@ class TrainingLoop:
                     on = {key: self.device if key != "step" or self.device.type == "cuda" else "cpu" for key in state}
                     self.optimizer.state[parameter] = {key: value.to(on[key]) for key, value in state.items()}
         self.take_tensors(tensors)
-        set_random_state(self.device, {k.removeprefix("random."): v for k, v in tensors.items() if "random." in k})
-        self.history = rows
-        # Steps after the checkpoint are made again.
-        files.write_text(history, "".join(json.dumps(row) + "\n" for row in rows))
+        set_random_state(
+            self.device, {k.removeprefix("random."): v.cpu() for k, v in tensors.items() if k.startswith("random.")}
+        )
 
     def check_same_run(self, path, about) -> None:
         mine, theirs = self.config.to_dict(), about["config"]
-        # How often to save is no part of what is computed.
-        different = [key for key in mine if key != "checkpoint_seconds" and mine[key] != _tupled(theirs.get(key))]
+        different = [key for key in mine if key not in _FREE and mine[key] != _tupled(theirs.get(key))]
         if different:
             changes = ", ".join(f"{key} was {theirs.get(key)!r}, is {mine[key]!r}" for key in different)
             raise ValueError(f"{path} is of a run with another configuration: {changes}")
+        before = about.get("batches_a_step", theirs["gradient_accumulation"])
+        if before != self.batches_a_step:
+            raise ValueError(
+                f"{path} is of a run with {before} batches a step, and {self.processes.size} process(es) with a "
+                f"gradient_accumulation of {self.config.gradient_accumulation} take {self.batches_a_step}: any number "
+                "of processes goes on with it that divides that number, with the accumulation that makes it up"
+            )
         layers = self.fingerprint()
         if list(layers) != list(about["layers"]):
             raise ValueError(f"{path} is of another model, or of other targets")
@@ -222,7 +320,7 @@ class _GentleStop:
     """The first Ctrl-C or termination signal asks the run to stop after its step; the second stops at once."""
 
     def __init__(self, run):
-        self.run, self.before = run, {}
+        self.run, self.before, self.asked = run, {}, 0.0
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -230,8 +328,13 @@ class _GentleStop:
                 self.before[number] = signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        self.run.stop_requested = True
-        self.restore()
+        if not self.run.stop_requested:
+            self.run.stop_requested, self.asked = True, time.monotonic()
+            if self.run.processes.size == 1:
+                self.restore()
+        elif time.monotonic() - self.asked > _ECHO_SECONDS:
+            self.restore()
+            os.kill(os.getpid(), number)
 
     def restore(self):
         for number, handler in self.before.items():

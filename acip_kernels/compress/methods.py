@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from ..models.loss import CausalLoss
 from ..models.targets import choose_targets, linear_layers
-from .basis import input_covariances, input_magnitudes, layer_covariances
+from .basis import Division, input_covariances, input_magnitudes, layer_covariances
 from .config import DTYPES, known_fields
 from .factorize import factorize, svd_layers
 from .importance import gradient_importance, scores_by_worth
+from .processes import Processes
 from .scores import score_by_singular_values
 from .sizing import FORMS, Sizing, check_forms
 from .step import endless, with_labels
@@ -123,15 +124,21 @@ def rank_singular_values(
     *,
     svd_cache=None,
     counting: Callable | None = None,
+    processes: Processes | None = None,
+    each: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Factorize `model`, in place, and put the method's scores into its layers.
 
-    counting: a context manager `counting(what, units)` that yields `progress(done, total)`, for each phase.
+    counting: a context manager `counting(what, units)` that yields `progress(done, total)`, for each phase. processes:
+    those that do it together, all with the same model and batches; the scores are the same bits for any number of them.
+    each: called with every new layer.
     """
     device = next(model.parameters()).device
     first = [with_labels(b, device) for b in itertools.islice(endless(batches), config.calibration_batches)]
-    decompose(model, first, config, svd_cache=svd_cache, counting=counting)
-    score(model, first, config, counting=counting)
+    if processes is not None:
+        processes.agree_on_batches(first)
+    decompose(model, first, config, svd_cache=svd_cache, counting=counting, processes=processes, each=each)
+    score(model, first, config, counting=counting, processes=processes)
 
 
 def decompose(
@@ -141,14 +148,17 @@ def decompose(
     *,
     svd_cache=None,
     counting: Callable | None = None,
+    processes: Processes | None = None,
+    each: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Factorize `model`, in place, in the basis of the method, which `batches`, with labels, calibrate."""
     counting = counting or _silent
     names = choose_targets(linear_layers(model)[0], config.targets, config.exclude)
+    division = Division.none(names) if processes is None else Division.of(processes, model, names)
     covariances = gradients = None
     if config.method != "svd":
         with counting("inputs", "batches") as advance:
-            arguments = model, names, batches, advance, len(batches)
+            arguments = model, names, batches, advance, len(batches), division
             if config.method == "importance":
                 covariances, gradients = layer_covariances(*arguments)
             elif config.method == "svd_llm":
@@ -169,10 +179,19 @@ def decompose(
             gradient_covariances=gradients,
             svd_cache=svd_cache,
             progress=advance,
+            division=division,
+            each=each,
         )
 
 
-def score(model: nn.Module, batches: list[dict], config: RankingConfig, *, counting: Callable | None = None) -> None:
+def score(
+    model: nn.Module,
+    batches: list[dict],
+    config: RankingConfig,
+    *,
+    counting: Callable | None = None,
+    processes: Processes | None = None,
+) -> None:
     """Put the scores of the method's allocation into the layers of a model that `decompose` has factorized."""
     counting = counting or _silent
     if config.allocation == "global":
@@ -185,7 +204,7 @@ def score(model: nn.Module, batches: list[dict], config: RankingConfig, *, count
         scores = scores_by_worth({name: layer.S.double() ** 2 for name, layer in layers.items()}, sizing)
     elif config.allocation == "measured":
         with counting("importance", "batches") as advance:
-            scores = scores_by_worth(gradient_importance(model, batches, advance, len(batches)), sizing)
+            scores = scores_by_worth(gradient_importance(model, batches, advance, len(batches), processes), sizing)
     elif config.allocation == "uniform":
         scores = uniform_scores(sizing)
     elif config.allocation == "loss":
@@ -193,7 +212,8 @@ def score(model: nn.Module, batches: list[dict], config: RankingConfig, *, count
         scores = theoretical_loss_scores({name: layer.S for name, layer in layers.items()}, sizing, tokens)
     else:
         with counting("sensitivity", "cuts") as advance:
-            scores = sensitivity_scores(model, sizing, batches[: config.sensitivity_batches], advance)
+            few = batches[: config.sensitivity_batches]
+            scores = sensitivity_scores(model, sizing, few, advance, processes)
     for name, layer in layers.items():
         layer.scores.copy_(scores[name])
 
@@ -250,25 +270,33 @@ def theoretical_loss_scores(values: dict[str, Tensor], sizing: Sizing, tokens: i
 
 @torch.no_grad()
 def sensitivity_scores(
-    model: nn.Module, sizing: Sizing, batches: list[dict], progress: Callable[[int, int], None] | None = None
+    model: nn.Module,
+    sizing: Sizing,
+    batches: list[dict],
+    progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Tensor]:
     """ASVD's truncation rank search, as scores.
 
     Every layer alone is cut to each of `SENSITIVITY_RATIOS`, the mean loss over `batches` taken, and made to rise from
     one cut to the next. An entry's score is the loss at the rank that is left without it, interpolated over the layer's
     size: by a threshold on the loss, each layer is cut to where its own reaches it.
+
+    Several processes measure some of the layers each.
     """
     layers, shares = svd_layers(model), _shares(sizing)
+    processes = processes or Processes(torch.device("cpu"))
     model.eval()
     loss_of = CausalLoss(model)
 
     def loss() -> float:
         return float(sum(loss_of(batch) for batch in batches)) / len(batches)
 
-    whole, scores = loss(), {}
-    done, total = 0, len(layers) * len(SENSITIVITY_RATIOS)
-    for name, layer in layers.items():
-        points = [(1.0, whole)]
+    whole, measured, scores = loss(), {}, {}
+    own = list(layers.items())[processes.rank :: processes.size]
+    done, total = 0, len(own) * len(SENSITIVITY_RATIOS)
+    for name, layer in own:
+        points = measured[name] = [(1.0, whole)]
         for ratio in SENSITIVITY_RATIOS:
             layer.set_live(shares[name].to(layer.S.device) <= ratio)
             points.append((ratio, max(points[-1][1], loss())))
@@ -276,6 +304,9 @@ def sensitivity_scores(
             if progress is not None:
                 progress(done, total)
         layer.set_live(torch.ones_like(layer.live))
+    measured = {name: points for some in processes.all_json(measured) for name, points in some.items()}
+    for name in layers:
+        points = measured[name]
         # Below the last cut as steeply as before it.
         (r1, l1), (r2, l2) = points[-2:]
         points.append((0.0, l2 + (l2 - l1) / (r1 - r2) * r2 + 1e-6))

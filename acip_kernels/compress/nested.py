@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from .config import cast, compute_dtype
 from .factorize import check_factors, replace_modules, svd_layers
 from .loop import TrainingLoop, random_state_of
 from .methods import RankingConfig, rank_singular_values
+from .processes import Processes
 from .sizing import Sizing
-from .step import rank_multiple, with_labels
+from .step import rank_multiple, seeded, with_labels
 
 log = logging.getLogger("acip_kernels")
 
@@ -41,7 +42,8 @@ class NestedConfig(RankingConfig):
     model teaches: its probabilities are part of the target (Hinton et al., arXiv 1503.02531), which says more about
     each token than the next one alone.
 
-    steps: optimizer steps, of `gradient_accumulation` batches each, which all have their own size.
+    steps: optimizer steps, of `gradient_accumulation` batches each (and in each process), which all have their own
+        size.
     update_rank: the rank of each factor's update.
     distillation: the weight `w` of the teacher in the loss `(1 - w) cross-entropy + w KL(teacher ‖ student)`; 0 for
         none, which saves the teacher's forward pass and its dense weights.
@@ -49,6 +51,8 @@ class NestedConfig(RankingConfig):
         half a cosine. betas, eps: AdamW's.
     gradient_checkpointing: recompute activations to save memory. checkpoint_seconds: between two checkpoints, which
         hold the updates and both their moments.
+    shard: of several processes, each holds a part of the factors and of the teacher's weights, put together layer by
+        layer as they are computed with (FSDP); otherwise each holds all.
     seed: of the sizes and of the updates' start.
     """
 
@@ -63,6 +67,7 @@ class NestedConfig(RankingConfig):
     largest_ratio: float = 1.0
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    shard: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -118,18 +123,37 @@ class RankingRun(TrainingLoop):
 
     def rank(self) -> None:
         """Rank, or take the ranking of the run that is resumed: it may take as long as some of the training."""
-        path = None if self.output is None else self.output / RANKING
-        if self.resuming and path.exists():
-            try:
-                put_factors(self.model, files.read_tensors(path))
+        path, processes = None if self.output is None else self.output / RANKING, self.processes
+        # At once, so that no process ever holds all factors; ASVD cuts whole layers to see what they are worth.
+        shard = getattr(self.config, "shard", False) and self.config.allocation != "sensitivity"
+        each = (lambda layer: layer.shard(processes.mesh)) if shard else None
+        if self.resuming and processes.on_main(path.exists):
+            tensors = {}
+
+            def read() -> bool:
+                try:
+                    tensors.update(files.read_tensors(path))
+                    check_ranking(self.model, tensors)
+                except ValueError as error:
+                    log.warning("ranking anew: %s", error)
+                    return False
+                return True
+
+            if processes.on_main(read):
+                put_factors(self.model, tensors, processes, each)
                 return
-            except ValueError as error:
-                log.warning("ranking anew: %s", error)
         rank_singular_values(
-            self.model, self.batches, self.config, svd_cache=self.svd_cache, counting=self.bar.counting
+            self.model,
+            self.batches,
+            self.config,
+            svd_cache=self.svd_cache,
+            counting=self.bar.counting,
+            processes=processes,
+            each=each,
         )
         if path is not None and self.first_phase != "done":
-            files.write_tensors(path, ranking_tensors(self.model))
+            tensors = {name: tensor for name, tensor in ranking_tensors(self.model) if processes.main}
+            processes.on_main(lambda: files.write_tensors(path, tensors))
 
     def ratio(self) -> float:
         return 1.0
@@ -164,19 +188,20 @@ class NestedRun(RankingRun):
         config = self.config
         super().prepare()
         self.sizing = Sizing.of(self.model, adapters=False, forms=config.forms)
-        self.training = NestedTraining(self.model, self.sizing, config)
+        self.training = NestedTraining(self.model, self.sizing, config, self.processes)
         self.optimizer = self.training.optimizer
 
     def one_step(self) -> None:
         started = time.monotonic()
         config = self.config
         random_state, consumed = random_state_of(self.device), self.consumed
-        batches = list(itertools.islice(self.feed, config.gradient_accumulation))
-        self.consumed += len(batches)
+        batches, seeds = self.next_batches()
         spread = config.largest_ratio - config.smallest_ratio
-        ratios = [config.smallest_ratio + spread * float(torch.rand(())) for _ in batches]
+        # A size for each batch of every process: all draw the same.
+        ratios = [config.smallest_ratio + spread * float(torch.rand(())) for _ in range(self.batches_a_step)]
         rate = config.rate_at(self.step)
-        loss, norm = self.training(batches, ratios, rate)
+        own = ratios[self.processes.rank :: self.processes.size]
+        loss, norm = self.training(batches, own, rate, seeds)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.consumed = consumed
             self.fail_not_finite(loss, norm, random_state)
@@ -208,48 +233,70 @@ class NestedRun(RankingRun):
         return self.training.parameters
 
 
-def ranking_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`{layer.U, layer.S, layer.Vh, layer.scores}` of a model's `SVDLinear`s, which `put_factors` takes back."""
-    return {
-        f"{name}.{key}": getattr(layer, key).contiguous()
-        for name, layer in svd_layers(model).items()
-        for key in ("U", "S", "Vh", "scores")
-    }
+def ranking_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`layer.U`, `layer.S`, `layer.Vh` and `layer.scores` of a model's `SVDLinear`s, by name, for `put_factors`."""
+    for name, layer in svd_layers(model).items():
+        U, Vh = layer.factors()
+        for key, tensor in (("U", U), ("S", layer.S), ("Vh", Vh), ("scores", layer.scores)):
+            yield f"{name}.{key}", tensor.contiguous()
 
 
-def put_factors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """`SVDLinear`s of `ranking_tensors` in the place of the model's layers. Raises `ValueError` if they do not fit."""
-    layers, replacements = linear_layers(model)[0], {}
+def check_ranking(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raises `ValueError` where `ranking_tensors` do not fit the model's layers."""
+    layers = linear_layers(model)[0]
     for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         if name not in layers:
             raise ValueError(f"a ranking has factors of {name!r}, which is no linear layer of this model")
-        old = layers[name]
         factors = {key: tensors.get(f"{name}.{key}", torch.empty(0)) for key in ("U", "S", "Vh", "scores")}
-        check_factors(weight_of(old), *factors.values())
-        U, S, Vh, scores = (tensor.to(old.weight.device) for tensor in factors.values())
+        check_factors(weight_of(layers[name]), *factors.values())
+
+
+def put_factors(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    processes: Processes | None = None,
+    each: Callable[[SVDLinear], None] | None = None,
+) -> None:
+    """`SVDLinear`s of `ranking_tensors`, which the first of `processes` has, in the place of the model's layers.
+
+    each: called with every new layer.
+    """
+    layers = linear_layers(model)[0]
+    processes = processes or Processes(next(model.parameters()).device)
+    names = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
+    for name in processes.broadcast_json(names):
+        old = layers[name]
+        own = {key: tensors[f"{name}.{key}"] for key in ("U", "S", "Vh", "scores")} if processes.main else None
+        U, S, Vh, scores = (t.to(old.weight.device) for t in processes.broadcast_tensors(own).values())
         bias = None if old.bias is None else old.bias.to(U.dtype)
-        replacements[old] = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
-        replacements[old].scores.copy_(scores)
-    replace_modules(model, replacements)
+        new = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
+        new.scores.copy_(scores)
+        replace_modules(model, {old: new})
+        if each is not None:
+            each(new)
 
 
 class NestedTraining:
     """`training([batch, ...], [ratio, ...], rate)`: forward, backward and AdamW for the updates at these sizes.
 
     Replaces the model's `SVDLinear`s by `NestedLinear`s, until `finish`, and freezes everything else.
+
+    processes: those that make the steps together, each with as many batches of its own; None for this one alone.
     """
 
-    def __init__(self, model: nn.Module, sizing: Sizing, config: NestedConfig):
+    def __init__(self, model: nn.Module, sizing: Sizing, config: NestedConfig, processes: Processes | None = None):
         self.model, self.sizing = model, sizing
         self.one_size = config.smallest_ratio == config.largest_ratio
         self.svd = svd_layers(model)
-        self.device = next(iter(self.svd.values())).U.device
+        self.device = next(iter(self.svd.values())).S.device
+        self.processes, self.sharded = processes or Processes(self.device), config.shard
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.orders, self.layers = {}, {}
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.removal = sizing.removal({name: layer.scores for name, layer in self.svd.items()})
         for name, layer in self.svd.items():
+            layer.unshard(self.device)
             order = layer.scores.sort(descending=True, stable=True).indices
             self.orders[name] = order
             nested = NestedLinear(
@@ -262,6 +309,8 @@ class NestedTraining:
             )
             if config.distillation:
                 nested.dense = layer.effective_weight(adapter=False).to(layer.U.dtype)
+            if config.shard:
+                nested.shard(self.processes.mesh)
             self.layers[name] = nested
             # Half of what the factors take, until `finish` makes them anew.
             layer.uncompact()
@@ -270,7 +319,7 @@ class NestedTraining:
         self.parameters = {
             f"{name}.{key}": parameter
             for name, layer in self.layers.items()
-            for key, parameter in layer.named_parameters()
+            for key, parameter in layer.named_parameters(recurse=False)
         }
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -310,15 +359,21 @@ class NestedTraining:
             multiple = 1 if self.one_size else rank_multiple(layer.dtype)
             layer.rank = min(layer.full_rank, max(1, round(rank / multiple)) * multiple)
 
-    def __call__(self, batches: list[dict], ratios: list[float], rate: float) -> tuple[float, float]:
-        """The loss, averaged over the batches, and the norm of the gradient; not finite if nothing was changed."""
+    def __call__(
+        self, batches: list[dict], ratios: list[float], rate: float, seeds: list[int] | None = None
+    ) -> tuple[float, float]:
+        """The loss, averaged over the batches, and the norm of the gradient; not finite if nothing was changed.
+
+        seeds: of what is random in each batch; None to go on with torch's generators as they are.
+        """
         total = torch.zeros((), device=self.device)
-        for batch, ratio in zip(batches, ratios, strict=True):
+        for batch, ratio in zip(seeded(batches, seeds, self.device), ratios, strict=True):
             self.set_size(ratio)
-            loss = self.loss(with_labels(batch, self.device)) / len(batches)
+            loss = self.loss(with_labels(batch, self.device)) / (len(batches) * self.processes.size)
             loss.backward()
             total += loss.detach()
         gradients = [parameter.grad for parameter in self.parameters.values()]
+        self.processes.sum_([total, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
         # AdamW looks at this flag itself and changes nothing where it is set: no need to wait for the answer here.
         self.optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()
@@ -332,14 +387,24 @@ class NestedTraining:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """`SVDLinear`s again, which hold the trained factors, and the scores that the run began with."""
+        """`SVDLinear`s again, which hold the trained factors, and the scores that the run began with.
+
+        After a run with divided factors the model is in the host's memory, as it may be too large for the device.
+        """
+        if self.sharded:
+            for layer in self.svd.values():
+                layer.cpu()
         for name, layer in self.svd.items():
             order, dtype = self.orders[name], self.layers[name].dtype
             Ut, S, Vh = self.layers[name].factors()
+            if self.sharded:
+                order, Ut, S, Vh = order.cpu(), Ut.cpu(), S.cpu(), Vh.cpu()
             layer.U, layer.Vh = torch.empty_like(Ut.t(), dtype=dtype), torch.empty_like(Vh, dtype=dtype)
             layer.U[:, order], layer.S[order], layer.Vh[order] = Ut.t().to(dtype), S.to(layer.S.dtype), Vh.to(dtype)
             layer.U = layer.U.contiguous()
         replace_modules(self.model, dict(zip(self.layers.values(), self.svd.values(), strict=True)))
+        if self.sharded:
+            self.model.cpu()
         if self.checkpointing:
             self.model.gradient_checkpointing_disable()
         attention.restore(self.model, self._attention)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..models import quantizer
 from ..models.targets import choose_targets, linear_layers
-from .basis import input_covariances
+from .basis import Division, input_covariances
 from .config import CompressionConfig, cast, compute_dtype
 from .factorize import factorize, svd_layers
 from .loop import TrainingLoop, random_state_of
@@ -54,10 +54,16 @@ def compress(
 
     Ctrl-C, or a termination signal, ends the run after the step it is in, with a checkpoint.
 
+    In a process group of torch's (`torch.distributed.init_process_group`) its processes make one run together: all call
+    this with the same model, each on its own device, and the same batches and config. A step takes
+    `gradient_accumulation` batches for each process, what is trained and the scores are the same in all, and the first
+    process alone writes to `output`, which the others need not see. See `docs/many-devices.md`.
+
     Raises:
         FloatingPointError: loss or gradient is not finite. The checkpoint is from before that step.
         ValueError: batches that are empty or used up and cannot be started again; a checkpoint of another run; an
-            `output` that holds a run while `resume` is False.
+            `output` that holds a run while `resume` is False; processes of one group that were given different things,
+            or one of several that has joined no group.
     """
     config = config or NestedConfig()
     kind = next(kind for kind in (NestedRun, RankingRun, ACIPRun) if isinstance(config, kind.config_class))
@@ -82,14 +88,18 @@ class ACIPRun(TrainingLoop):
         cast(self.model, compute_dtype(config.dtype, self.device))
         if not any(hasattr(module, "set_live") for module in self.model.modules()):
             covariances = None
+            names = choose_targets(linear_layers(self.model)[0], config.targets, config.exclude)
+            division = Division.of(self.processes, self.model, names)
             if config.basis == "activations":
-                names = choose_targets(linear_layers(self.model)[0], config.targets, config.exclude)
-                first = (
+                first = [
                     with_labels(b, self.device)
                     for b in itertools.islice(endless(self.batches), config.calibration_batches)
-                )
+                ]
+                self.processes.agree_on_batches(first)
                 with self.bar.counting("inputs", "batches") as advance:
-                    covariances = input_covariances(self.model, names, first, advance, config.calibration_batches)
+                    covariances = input_covariances(
+                        self.model, names, first, advance, config.calibration_batches, division
+                    )
             with self.bar.counting("SVD", "layers") as advance:
                 factorize(
                     self.model,
@@ -103,12 +113,15 @@ class ACIPRun(TrainingLoop):
                     svd_cache=self.svd_cache,
                     seed=config.seed,
                     progress=advance,
+                    division=division,
+                    # At once, so that no process ever holds all factors.
+                    each=(lambda layer: layer.shard(self.processes.mesh)) if config.shard else None,
                 )
         if quantizer.is_transformers(self.model):
             quantizer.attach_factorized(self.model)
         self.layers = svd_layers(self.model)
         self.sizing = Sizing.of(self.model, adapters=False, forms=config.forms)
-        self.training = TrainingStep(self.model, config)
+        self.training = TrainingStep(self.model, config, self.processes)
         self.map, self.optimizer = self.training.map, self.training.optimizer
         if config.gradient_checkpointing:
             _checkpointing(self.model, "enable")({"use_reentrant": False})
@@ -127,10 +140,9 @@ class ACIPRun(TrainingLoop):
         started = time.monotonic()
         config, pruning = self.config, self.phase == "prune"
         random_state, consumed = random_state_of(self.device), self.consumed
-        batches = list(itertools.islice(self.feed, config.gradient_accumulation))
-        self.consumed += len(batches)
+        batches, seeds = self.next_batches()
         penalty = config.lambda_at(self.step) if pruning else None
-        outcome = self.training(batches, penalty)
+        outcome = self.training(batches, penalty, seeds)
         if not outcome.finite:
             self.consumed = consumed
             self.fail_not_finite(outcome.loss, outcome.gradient_norm, random_state)
@@ -222,8 +234,9 @@ class ACIPRun(TrainingLoop):
 
     def take_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.map.scores = tensors["scores"].to(self.map.scores).view_as(self.map.scores)
-        for name, keep in self.map.split(tensors["computed"]).items():
-            self.layers[name].compact(keep, join=True)
+        if not self.config.shard:
+            for name, keep in self.map.split(tensors["computed"]).items():
+                self.layers[name].compact(keep, join=True)
         if self.phase != "prune":
             phase = self.phase
             self.freeze_masks()

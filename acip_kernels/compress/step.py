@@ -15,6 +15,7 @@ from ..nn import SVDLinear
 from ..plan import training_plan
 from .config import CompressionConfig
 from .factorize import svd_layers
+from .processes import Processes, same_randomness
 from .scores import ScoreMap, updated_scores
 
 # Ranks that are computed are a multiple of this, while there are dead ones to fill up with: products of other widths
@@ -50,16 +51,22 @@ class TrainingStep:
 
     Args:
         model: with `SVDLinear` layers, all on one device.
-        config: learning rates, `compact_every` (0 leaves dead ranks in), `route`, `save_z`, `lean_loss`.
+        config: learning rates, `compact_every` (0 leaves dead ranks in), `route`, `save_z`, `lean_loss`; with `shard`
+            the layers' factors are divided among the processes, and dead ranks stay in.
+        processes: those that make the step together, each with as many batches of its own; None for this one alone.
     """
 
-    def __init__(self, model: nn.Module, config: CompressionConfig):
+    def __init__(self, model: nn.Module, config: CompressionConfig, processes: Processes | None = None):
         self.model, self.config = model, config
         self.layers = svd_layers(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.map = ScoreMap(self.layers)
         self.device = self.map.masks.device
+        self.processes = processes or Processes(self.device)
+        if config.shard:
+            for layer in self.layers.values():
+                layer.shard(self.processes.mesh)
         self.adapters: dict[str, nn.Parameter] = {}
         for name, layer in self.layers.items():
             layer.mask.requires_grad_(True)
@@ -79,20 +86,31 @@ class TrainingStep:
         self._attention = attention.use(model)
         model.train()
 
-    def __call__(self, batches: list[dict], penalty: float | None = None) -> StepOutcome:
-        """One step over `batches`, whose losses are averaged; `penalty` is λ, None once the masks are frozen."""
+    def __call__(
+        self, batches: list[dict], penalty: float | None = None, seeds: list[int] | None = None
+    ) -> StepOutcome:
+        """One step over `batches`, whose losses are averaged, with those of the other processes.
+
+        penalty: λ, None once the masks are frozen. seeds: of what is random (dropout) in each batch; None to go on with
+        torch's generators as they are.
+        """
         pruning = penalty is not None
         self._prepare(batches)
         if pruning:
             self.map.masks.grad.zero_()
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            batch_loss = self.loss(with_labels(batch, self.device)) / len(batches)
+        for batch in seeded(batches, seeds, self.device):
+            batch_loss = self.loss(with_labels(batch, self.device)) / (len(batches) * self.processes.size)
             batch_loss.backward()
             loss += batch_loss.detach()
         for layer in self.effective:
             layer.collect_gradients()
+        if self.processes.size > 1:
+            for parameter in self.adapters.values():
+                if parameter.grad is None:  # no batch of this process has reached it
+                    parameter.grad = torch.zeros_like(parameter)
         trained = [p.grad for p in self.adapters.values() if p.grad is not None]
+        self.processes.sum_([loss, *trained, *([self.map.masks.grad] if pruning else [])])
         if pruning:
             # The gradient of λ Σ max(m, 0), without building a graph for it.
             masks = self.map.masks
@@ -150,7 +168,7 @@ class TrainingStep:
 
         ranks: live ones of each layer, as the last step's outcome has them; None to count the masks.
         """
-        if self.config.compact_every:
+        if self.config.compact_every and not self.config.shard:
             ranks = self.map.ranks(self.map.masks).tolist() if ranks is None else ranks
             for layer, rank in zip(self.layers.values(), ranks, strict=True):
                 computed = layer.computed_rank
@@ -167,6 +185,8 @@ class TrainingStep:
         if tokens == self.tokens:
             return
         self.tokens = tokens
+        if self.config.shard:
+            return  # joined factors, and dense weights, would be whole in every process
         for layer in self.layers.values():
             if layer.adapter_rank and not layer._joined:
                 layer.compact(self.computed(layer), join=True)
@@ -174,7 +194,7 @@ class TrainingStep:
         self._choose_routes()
 
     def _choose_routes(self) -> None:
-        if not self.tokens or not self.map.masks.requires_grad:
+        if not self.tokens or not self.map.masks.requires_grad or self.config.shard:
             return
         for layer in self.layers.values():
             plan = training_plan(
@@ -198,14 +218,33 @@ class TrainingStep:
         return torch.zeros_like(layer.mask, dtype=torch.bool).index_fill_(0, layer._rows, True)
 
     def finish(self) -> None:
-        """Put the scores into the layers, and leave a model that anything may be done with."""
+        """Put the scores into the layers, and leave a model that anything may be done with.
+
+        After a run with divided factors it is in the host's memory, as it may be too large for the device.
+        """
         self.map.write_back()
+        for layer in self.layers.values():
+            layer.unshard()
+        if self.config.shard:
+            self.map.release()
+            self.model.cpu()
         for layer in self.layers.values():
             layer.take_route("factored")
             layer.compact(self.computed(layer))
         self.map.release()
         attention.restore(self.model, self._attention)
         self.model.eval()
+
+
+def seeded(batches: list[dict], seeds: list[int] | None, device: torch.device) -> Iterator[dict]:
+    """`batches`, torch's generators seeded for each; afterwards they are as before. Without seeds, just `batches`."""
+    if seeds is None:
+        yield from batches
+        return
+    with same_randomness(device) as seed:
+        for batch, number in zip(batches, seeds, strict=True):
+            seed(number)
+            yield batch
 
 
 def with_labels(batch: dict, device: torch.device) -> dict:

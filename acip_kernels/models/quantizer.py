@@ -34,6 +34,8 @@ FORMAT_VERSION = 4
 
 # The largest number of float32, which options are computed in.
 _LARGEST = torch.finfo(torch.float32).max
+# Of the styles in which `models.parallel` divides layers of which some are factorized.
+PARALLEL_PREFIX = "acip_"
 
 
 class AcipConfig(QuantizationConfigMixin):
@@ -182,7 +184,16 @@ class AcipQuantizer(HfQuantizer):
             return
         put_layers(model, config)
 
+    def update_parallel_plan(self, model, plan):
+        from .parallel import divide_factors
+
+        super().update_parallel_plan(model, plan)
+        divide_factors(model, plan)
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        # Once the plan has been applied it has the styles' own names again: transformers asks it what is divided.
+        plan = getattr(model, "tp_plan", None) or {}
+        plan.update({name: style.removeprefix(PARALLEL_PREFIX) for name, style in plan.items()})
         for layer in _svd_layers(model):
             layer.__dict__.pop("weight", None)
         _be_ordinary(model)

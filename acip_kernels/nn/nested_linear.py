@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .sharded import Sharded
+
 
 class NestedLinear(nn.Module):
     """`y = (x right'[:ρ]ᵀ) left'[:, :ρ]ᵀ + bias`, at whatever rank `ρ` the attribute `rank` says.
@@ -63,17 +65,33 @@ class NestedLinear(nn.Module):
         # Where the layer was before it was trained, to teach it; `teaching` says that it computes with that.
         self.dense: Tensor | None = None
         self.teaching = False
+        # After shard(): the updated factors in the compute dtype, and `dense`.
+        self.sharded: Sharded | None = None
+        self.sharded_dense: Sharded | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.teaching:
-            return nn.functional.linear(x, self.dense, self.bias)
-        return _NestedLinear.apply(x, self.right_A, self)
+            return self._taught(x, self.dense) if self.sharded_dense is None else self.sharded_dense(x, self._taught)
+        updated = self.updated()
+        return self._nested(x, *updated) if self.sharded is None else self.sharded(x, self._nested)
+
+    def _taught(self, x: Tensor, dense: Tensor) -> Tensor:
+        return nn.functional.linear(x, dense, self.bias)
+
+    def _nested(self, x: Tensor, left_t: Tensor, right: Tensor) -> Tensor:
+        return _NestedLinear.apply(x, self.right_A, self, left_t, right)
 
     @torch.no_grad()
     def updated(self) -> tuple[Tensor, Tensor]:
-        """`(left'ᵀ [k, out], right' [k, in])` in the compute dtype."""
+        """`(left'ᵀ [k, out], right' [k, in])` in the compute dtype; of a sharded layer, this process's rows."""
         if self._updated is None:
-            self._updated = tuple(factor.to(self.dtype) for factor in self._exact())
+            exact = self._exact()
+            if self.sharded is None:
+                self._updated = tuple(factor.to(self.dtype) for factor in exact)
+            else:
+                self._updated = tuple(self.sharded.local(name) for name in ("left_t", "right"))
+                for rows, factor in zip(self._updated, exact, strict=True):
+                    rows.copy_(factor)
         return self._updated
 
     def forget_updates(self) -> None:
@@ -81,13 +99,32 @@ class NestedLinear(nn.Module):
         self._updated = None
 
     def _exact(self) -> tuple[Tensor, Tensor]:
-        left_t = torch.addmm(self.left_t, self.left_A.t(), self.left_B.t())
-        return left_t, torch.addmm(self.right, self.right_B, self.right_A)
+        left_A, right_B = self.left_A, self.right_B
+        if self.sharded is not None:
+            rows = self.sharded.rows("right")
+            left_A, right_B = left_A[:, rows], right_B[rows]
+        left_t = torch.addmm(self.left_t, left_A.t(), self.left_B.t())
+        return left_t, torch.addmm(self.right, right_B, self.right_A)
+
+    @torch.no_grad()
+    def shard(self, mesh) -> None:
+        """Keep some ranks of the factors, and some rows of `dense`, in each process of a device mesh.
+
+        They are put together while they are computed with. What is trained stays whole in every process.
+        """
+        left_t, right = self.updated()
+        self.sharded, self._updated = Sharded(mesh, left_t=left_t, right=right), None
+        rows = self.sharded.rows("right")
+        self.left_t, self.right = self.left_t[rows].clone(), self.right[rows].clone()
+        if self.dense is not None:
+            self.sharded_dense, self.dense = Sharded(mesh, dense=self.dense), None
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(Uᵀ [k, out], S [k], Vh [k, in])`, float32, with rows of norm one."""
         left_t, right = self._exact()
+        if self.sharded is not None:
+            left_t, right = self.sharded.whole("left_t", left_t), self.sharded.whole("right", right)
         S = left_t.norm(dim=1) * right.norm(dim=1)
         return nn.functional.normalize(left_t), S, nn.functional.normalize(right)
 
@@ -119,8 +156,8 @@ def takes_effective_weight(tokens: int, in_features: int, out_features: int, ran
 
 class _NestedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, parameter, layer):
-        rank, (left_t, right) = layer.rank, layer.updated()
+    def forward(ctx, x, parameter, layer, left_t, right):
+        rank = layer.rank
         left_t, right = left_t[:rank], right[:rank]
         flat = x.reshape(-1, x.shape[-1]).to(layer.dtype)
         weight = None
@@ -131,7 +168,9 @@ class _NestedLinear(torch.autograd.Function):
             y = (flat @ right.t()) @ left_t
         if layer.bias is not None:
             y += layer.bias
-        ctx.save_for_backward(flat, weight)
+        # Where factors are divided among processes, a whole weight of every layer has no place between the passes.
+        ctx.again = weight is not None and layer.sharded is not None
+        ctx.save_for_backward(flat, None if ctx.again else weight)
         ctx.layer, ctx.left_t, ctx.right = layer, left_t, right
         return y.reshape(*x.shape[:-1], -1)
 
@@ -142,6 +181,7 @@ class _NestedLinear(torch.autograd.Function):
         g = gradient.reshape(-1, gradient.shape[-1]).to(layer.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
+            weight = left_t.t() @ right if ctx.again else weight
             dx = g @ weight if weight is not None else (g @ left_t.t()) @ right
             dx = dx.to(gradient.dtype).reshape(*gradient.shape[:-1], -1)
         # Neither gᵀx nor a factor's whole gradient is ever made: the updates' pass through r dimensions each. What
@@ -156,4 +196,4 @@ class _NestedLinear(torch.autograd.Function):
         layer.right_A.grad += vx[r:]
         layer.left_A.grad[:, :rank] += vx[:r] @ right.t()
         layer.right_B.grad[:rank] += left_t @ gu[:, r:]
-        return dx, None, None
+        return dx, None, None, None, None

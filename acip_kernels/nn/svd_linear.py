@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops.masked_svd_linear.effective import Collector, effective_linear
 from ..ops.masked_svd_linear.op import masked_svd_linear
 from ..ops.masked_svd_linear.problem import Adapter
+from .sharded import Sharded
 
 # Held in float32 whatever the model's dtype: a mask step of 5e-5 around 0.02 is lost in bfloat16.
 _PRECISE = ("S", "scores", "mask", "lora_A", "lora_B")
@@ -92,6 +93,8 @@ class SVDLinear(nn.Module):
         self._weight: Tensor | None = None
         self._weight_rank = 0
         self._collector = Collector()
+        # After shard(): where U and Vh are.
+        self.sharded: Sharded | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> SVDLinear:
@@ -115,26 +118,32 @@ class SVDLinear(nn.Module):
         return self.mask.detach() > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        adapter = self._adapter() if self.adapter_rank else None
+        if self.sharded is not None:
+            return self.sharded(x, self._masked)
         # A compiler cannot follow gradients that come later, by `collect_gradients`; the other route is as exact.
         if self._weight is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return effective_linear(x, self._weight, self.mask, self.bias, adapter, self._collector)
-        Vh, U, S = self._factors or (self.Vh, self.U, self.S)
+            return effective_linear(x, self._weight, self.mask, self.bias, self._adapter(), self._collector)
+        Vh, U, _ = self._factors or (self.Vh, self.U, None)
+        return self._masked(x, U, Vh)
+
+    def _masked(self, x: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
         return masked_svd_linear(
             x,
             Vh,
             U,
-            S,
+            self.S if self._factors is None else self._factors[2],
             self.mask,
             self.bias,
             mask_scale=self.mask_scale,
             rows=self._rows,
-            adapter=adapter,
+            adapter=self._adapter(),
             save_z=self.save_z,
             backend=self.backend,
         )
 
-    def _adapter(self) -> Adapter:
+    def _adapter(self) -> Adapter | None:
+        if not self.adapter_rank:
+            return None
         dropout = self.adapter_dropout if self.training else 0.0
         # From torch's generator, on the CPU: whoever restores its state gets the same dropout again.
         seed = torch.randint(2**63 - 1, (1,)) if dropout else None
@@ -268,6 +277,28 @@ class SVDLinear(nn.Module):
         self.mask.copy_(torch.where(live.to(self.mask.device), self.mask_scale, 0.0))
         self.take_route("factored")
         self.compact()
+
+    def shard(self, mesh) -> None:
+        """Keep a part of `U` and `Vh` in each process of a device mesh, put together while they are computed with.
+
+        Until `unshard` the layer can do forward and backward passes, and masks may change; all else needs the factors.
+        """
+        if self.sharded is None:
+            self.uncompact()
+            self.sharded = Sharded(mesh, U=self.U, Vh=self.Vh)
+            self.U = self.Vh = None
+
+    def unshard(self, device="cpu") -> None:
+        """Have both whole again, on `device`."""
+        if self.sharded is not None:
+            self.U, self.Vh = self.factors(device)
+            self.sharded = None
+
+    def factors(self, device="cpu") -> tuple[Tensor, Tensor]:
+        """`U` and `Vh`; of a sharded layer copies on `device`, which all processes have to ask for together."""
+        if self.sharded is None:
+            return self.U, self.Vh
+        return tuple(self.sharded.whole(name).to(device) for name in ("U", "Vh"))
 
     def effective_weight(self, *, adapter: bool = True) -> Tensor:
         """`U diag(S β) Vh (+ (α/r) B A)  [out_features, in_features]`, in float32 or better."""
