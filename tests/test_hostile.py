@@ -66,7 +66,9 @@ def test_nothing_here_unpickles_evaluates_or_trusts():
             where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', '')}"
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-                assert not unsafe & {name.split(".")[0] for name in names}, where
+                # `acip run` runs the program that its user names.
+                allowed = {"runpy"} if file.name == "launch.py" else set()
+                assert not unsafe & {name.split(".")[0] for name in names} - allowed, where
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)

@@ -93,7 +93,8 @@ import acip_kernels
 from acip_kernels.ops import extension
 assert pathlib.Path(acip_kernels.__file__).is_relative_to(sys.argv[1]), acip_kernels.__file__
 assert importlib.metadata.version("acip-kernels") == acip_kernels.__version__
-(script,) = [entry for entry in importlib.metadata.distribution("acip-kernels").entry_points if entry.name == "acip"]
+entries = importlib.metadata.distribution("acip-kernels").entry_points
+(script,) = [entry for entry in entries if entry.group == "console_scripts"]
 assert callable(script.load())
 import torch
 layer = acip_kernels.LowRankLinear(64, 48, rank=8).eval()

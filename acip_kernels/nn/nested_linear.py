@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from .sharded import Sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class NestedLinear(nn.Module):
@@ -107,7 +112,7 @@ class NestedLinear(nn.Module):
         return left_t, torch.addmm(self.right, right_B, self.right_A)
 
     @torch.no_grad()
-    def shard(self, mesh) -> None:
+    def shard(self, mesh: DeviceMesh) -> None:
         """Keep some ranks of the factors, and some rows of `dense`, in each process of a device mesh.
 
         They are put together while they are computed with. What is trained stays whole in every process.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from ..ops.masked_svd_linear.effective import Collector, effective_linear
 from ..ops.masked_svd_linear.op import masked_svd_linear
 from ..ops.masked_svd_linear.problem import Adapter
 from .sharded import Sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # Held in float32 whatever the model's dtype: a mask step of 5e-5 around 0.02 is lost in bfloat16.
 _PRECISE = ("S", "scores", "mask", "lora_A", "lora_B")
@@ -278,7 +281,7 @@ class SVDLinear(nn.Module):
         self.take_route("factored")
         self.compact()
 
-    def shard(self, mesh) -> None:
+    def shard(self, mesh: DeviceMesh) -> None:
         """Keep a part of `U` and `Vh` in each process of a device mesh, put together while they are computed with.
 
         Until `unshard` the layer can do forward and backward passes, and masks may change; all else needs the factors.
@@ -288,7 +291,7 @@ class SVDLinear(nn.Module):
             self.sharded = Sharded(mesh, U=self.U, Vh=self.Vh)
             self.U = self.Vh = None
 
-    def unshard(self, device="cpu") -> None:
+    def unshard(self, device: torch.device | str = "cpu") -> None:
         """Have both whole again, on `device`."""
         if self.sharded is not None:
             self.U, self.Vh = self.factors(device)
