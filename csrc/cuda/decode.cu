@@ -59,7 +59,7 @@ struct Product {
     int chunks, splits, span;  // of a row; of the chunks; chunks of a split
     // The input: activations; or the sums of `in_splits` splits, times s.
     const unsigned char* x;
-    int64_t x_stride;  // bytes
+    int x_stride;  // bytes
     bool x_wide;
     const float* in;
     int in_splits, in_stride;
@@ -70,7 +70,7 @@ struct Product {
     float* out;
     int out_stride;
     unsigned char* y;
-    int64_t y_stride;
+    int y_stride;
     const void* bias;
     const int32_t* place;
     // How the stage is shared out: this many tasks of equal cost, in bytes.
@@ -109,24 +109,22 @@ __device__ __forceinline__ int first_task(const Job& job, int stage, int block, 
 }
 
 struct Task {
-    const Product* product;
-    int row, split;
+    int product, row, split;
 };
 
 __device__ __forceinline__ Task task_of(const Job& job, int stage, int task, int part) {
-    const Product* p = &job.products[job.stages[stage].first];
-    while (task >= p->tasks) task -= p->tasks, ++p;
-    int tile = task / p->splits, split = task - tile * p->splits;
-    return {p + part, tile * kRows, split};
+    int product = job.stages[stage].first;
+    while (task >= job.products[product].tasks) task -= job.products[product++].tasks;
+    const int splits = job.products[product].splits, tile = task / splits;
+    return {product + part, tile * kRows, task - tile * splits};
 }
 
 // A warp's chunks, one after the other.
 struct Walk {
-    int stage, task, end, part, chunk, chunk_end;
-    Task at;
+    int stage, task, end, part, chunk, chunk_end, product, row;
 
     __device__ __forceinline__ Walk(const Job& job)
-        : stage(job.begin - 1), task(0), end(0), part(0), chunk(0), chunk_end(0), at{nullptr, 0, 0} {}
+        : stage(job.begin - 1), task(0), end(0), part(0), chunk(0), chunk_end(0), product(0), row(0) {}
 
     // From the chunk behind the last one to one that there is, or false behind them all.
     __device__ __forceinline__ bool settle(const Job& job, int warp) {
@@ -139,9 +137,10 @@ struct Walk {
                     end = first_task(job, stage, blockIdx.x + 1, gridDim.x);
                 }
             }
-            at = task_of(job, stage, task, part);
-            chunk = at.split * at.product->span + warp;
-            chunk_end = min((at.split + 1) * at.product->span, at.product->chunks);
+            const Task at = task_of(job, stage, task, part);
+            const Product& p = job.products[at.product];
+            product = at.product, row = at.row;
+            chunk = at.split * p.span + warp, chunk_end = min((at.split + 1) * p.span, p.chunks);
         }
         return true;
     }
@@ -180,22 +179,11 @@ __device__ __forceinline__ int pitch_of(const Product& p) { return p.type == Num
 
 // Starts what brings a chunk of weights to a slot; whoever copies how, every lane arrives once at `full`. Behind the end
 // of a row there are zeros up to a multiple of 16 bytes.
-__device__ __forceinline__ void fill(const Walk& walk, unsigned char* slot, uint64_t* full, int lane) {
-    const Product& p = *walk.at.product;
-    int rows = min(kRows, p.rows - walk.at.row), offset = walk.chunk << p.chunk_bytes_shift;
-    int bytes = min(1 << p.chunk_bytes_shift, p.row_bytes - offset), pitch = pitch_of(p);
-    const unsigned char* from = p.weight + walk.at.row * p.stride + offset;
-    if (kBulk && p.step == 16) {
-        if (lane < rows) {
-            barrier_arrive_expecting(full, bytes);
-            copy_bulk(slot + lane * pitch, from + lane * p.stride, bytes, full);
-        } else {
-            barrier_arrive(full);
-        }
-    } else if (p.step >= 4) {
-        if (!kBulk && p.step == 16)
-            copy_rows<16>(p, slot, pitch, from, rows, bytes, lane);
-        else if (p.step == 8)
+__device__ __forceinline__ void fill_unaligned(const Product& p, unsigned char* slot, const unsigned char* from, int rows,
+                                            int bytes, uint64_t* full, int lane) {
+    const int pitch = pitch_of(p);
+    if (p.step >= 4) {
+        if (p.step == 8)
             copy_rows<8>(p, slot, pitch, from, rows, bytes, lane);
         else
             copy_rows<4>(p, slot, pitch, from, rows, bytes, lane);
@@ -207,6 +195,25 @@ __device__ __forceinline__ void fill(const Walk& walk, unsigned char* slot, uint
             copy_slowly<uint8_t>(p, slot, pitch, from, rows, bytes, lane);
         fence_async();
         barrier_arrive(full);
+    }
+}
+
+__device__ __forceinline__ void fill(const Job& job, const Walk& walk, unsigned char* slot, uint64_t* full, int lane) {
+    const Product& p = job.products[walk.product];
+    int rows = min(kRows, p.rows - walk.row), offset = walk.chunk << p.chunk_bytes_shift;
+    int bytes = min(1 << p.chunk_bytes_shift, p.row_bytes - offset), pitch = pitch_of(p);
+    const unsigned char* from = p.weight + walk.row * p.stride + offset;
+    if (p.step < 16) return fill_unaligned(p, slot, from, rows, bytes, full, lane);
+    if (kBulk) {
+        if (lane < rows) {
+            barrier_arrive_expecting(full, bytes);
+            copy_bulk(slot + lane * pitch, from + lane * p.stride, bytes, full);
+        } else {
+            barrier_arrive(full);
+        }
+    } else {
+        copy_rows<16>(p, slot, pitch, from, rows, bytes, lane);
+        barrier_arrive_after_copies(full);
     }
 }
 
@@ -230,7 +237,7 @@ __device__ __forceinline__ int input_pitch(const Product& p) { return (2 << p.ch
 __device__ __forceinline__ float sum_of_splits(const Product& p, int tokens, int token, int k) {
     float sum = 0;
     for (int split = 0; split < p.in_splits; ++split)
-        sum += read_global<float>(p.in + (int64_t(split) * tokens + token) * p.in_stride + k);
+        sum += read_global<float>(p.in + (split * tokens + token) * p.in_stride + k);
     return p.s ? sum * read_global<float>(p.s + k) : sum;
 }
 
@@ -245,10 +252,10 @@ __device__ __forceinline__ void make_inputs(const Product& p, unsigned char* to,
             int k = (chunk << p.chunk_shift) + column;
             uint16_t values[4] = {0, 0, 0, 0};
             if (k + 4 <= p.cols) {
-                const float* from = p.in + int64_t(token) * p.in_stride + k;
+                const float* from = p.in + token * p.in_stride + k;
                 float4 sum = read_global<float4>(from);
                 for (int split = 1; split < p.in_splits; ++split) {
-                    float4 part = read_global<float4>(from + int64_t(split) * tokens * p.in_stride);
+                    float4 part = read_global<float4>(from + split * tokens * p.in_stride);
                     sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
                 }
                 if (p.s) {
@@ -331,28 +338,24 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, int row, int ch
     const int columns = min(1 << p.chunk_shift, p.cols - first);
     const unsigned char *low = slot + g * kSlotPitch, *high = low + 8 * kSlotPitch;
 
-    // Of the chunk's 32 columns, lane t has the scales and zeros of numbers t and t + 4; of both rows.
-    float scales[2][2] = {};
-    uint32_t zeros[2][2] = {};
+    // Of the chunk's 32 columns, lane t has the scales (the high half: a float32's) and zeros of numbers t and t + 4.
+    uint32_t scales[2][2] = {};
     if (kType == Number::i4) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                int column = 32 * (t + 4 * half), of = row + g + 8 * i;
-                uint32_t zero = 8;
+                const int column = 32 * (t + 4 * half), of = row + g + 8 * i;
                 if (column < columns && of < p.rows) {
-                    int64_t at = int64_t(of) * p.groups + ((first + column) >> p.group_shift);
-                    scales[i][half] =
-                        to_float(Bf16{}, read_global<uint16_t>(static_cast<const uint16_t*>(p.scales) + at));
-                    if (p.zeros) zero = read_global<uint8_t>(p.zeros + at);
+                    const int64_t at = int64_t(of) * p.groups + ((first + column) >> p.group_shift);
+                    scales[i][half] = uint32_t(read_global<uint16_t>(static_cast<const uint16_t*>(p.scales) + at)) << 16 |
+                                      (p.zeros ? read_global<uint8_t>(p.zeros + at) : 8);
                 }
-                zeros[i][half] = magic<X>() | zero | zero << 16;
             }
     }
 
-    // 128 columns at a time.
-#pragma unroll
+    // 128 columns at a time; in turn, for the sake of registers.
+#pragma unroll 1
     for (int round = 0; round < kRounds; ++round) {
         const int begin = 128 * round;
         if (begin >= columns) break;
@@ -413,14 +416,11 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, int row, int ch
                 const uint2 a = read_shared<uint2>(low + column / 2 + 8 * t);
                 const uint2 a8 = read_shared<uint2>(high + column / 2 + 8 * t);
                 const uint32_t words[2] = {a.x, a.y}, words_8[2] = {a8.x, a8.y};
-                const int from = (lane & ~3) | u;
-                const float scale = __shfl_sync(~0u, scales[0][round], from);
-                const float scale_8 = __shfl_sync(~0u, scales[1][round], from);
-                uint32_t zero = magic<X>() | 0x00080008u, zero_8 = zero;
-                if (p.zeros) {
-                    zero = __shfl_sync(~0u, zeros[0][round], from);
-                    zero_8 = __shfl_sync(~0u, zeros[1][round], from);
-                }
+                const uint32_t scale = __shfl_sync(~0u, round ? scales[0][1] : scales[0][0], (lane & ~3) | u);
+                const uint32_t scale_8 = __shfl_sync(~0u, round ? scales[1][1] : scales[1][0], (lane & ~3) | u);
+                const uint32_t zero = magic<X>() | (scale & 0xff) * 0x10001u;
+                const uint32_t zero_8 = magic<X>() | (scale_8 & 0xff) * 0x10001u;
+                const float by = to_float(Bf16{}, uint16_t(scale >> 16)), by_8 = to_float(Bf16{}, uint16_t(scale_8 >> 16));
                 uint32_t rows[4], rows_8[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -432,8 +432,8 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, int row, int ch
                 for (int n = 0; n < kTiles; ++n) {
                     float part[4] = {0, 0, 0, 0};
                     multiply<X>(part, rows, rows_8, b[u][n]);
-                    c[n][0] = fmaf(part[0], scale, c[n][0]), c[n][1] = fmaf(part[1], scale, c[n][1]);
-                    c[n][2] = fmaf(part[2], scale_8, c[n][2]), c[n][3] = fmaf(part[3], scale_8, c[n][3]);
+                    c[n][0] = fmaf(part[0], by, c[n][0]), c[n][1] = fmaf(part[1], by, c[n][1]);
+                    c[n][2] = fmaf(part[2], by_8, c[n][2]), c[n][3] = fmaf(part[3], by_8, c[n][3]);
                 }
             }
         }
@@ -451,7 +451,7 @@ __host__ __device__ constexpr size_t inputs_at(int tokens) {
 }
 
 template <class X, int kTokens>
-__global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(const __grid_constant__ Job job) {
     constexpr int kTiles = (kTokens + 7) / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = job.tokens;
     unsigned char* shared = shared_memory();
@@ -469,12 +469,12 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
     bool more = true;
     for (int i = 0; i < job.slots && more; ++i) {
         more = ahead.settle(job, warp);
-        if (more) fill(ahead, ring + i * job.slot_bytes, full + i, lane), ahead.chunk += kWarps;
+        if (more) fill(job, ahead, ring + i * job.slot_bytes, full + i, lane), ahead.chunk += kWarps;
     }
     await_last_launch();
 
     int slot = 0, parity = 0, turn = 0;
-    const Product* made_of = nullptr;
+    int made_of = -1;
     for (int stage = job.begin; stage < job.end; ++stage) {
         if (stage > job.begin) sync_grid();
         const int end = first_task(job, stage, blockIdx.x + 1, gridDim.x), parts = job.stages[stage].parts;
@@ -482,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
         for (int task = first_task(job, stage, blockIdx.x, gridDim.x); task < end; ++task)
             for (int part = 0; part < parts; ++part) {
                 const Task at = task_of(job, stage, task, part);
-                const Product& p = *at.product;
+                const Product& p = job.products[at.product];
                 // One output of a thread; what it needs besides the sum is asked for first.
                 const int token = threadIdx.x / kRows, row = at.row + threadIdx.x % kRows;
                 const bool live = token < tokens && row < p.rows;
@@ -499,9 +499,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
 
                 float c[kTiles][4] = {};
                 if (p.from == From::weights) {
-                    if (p.in && made_of != &p) {
+                    if (p.in && made_of != at.product) {
                         make_inputs<X>(p, made, tokens, warp, lane);
-                        made_of = &p;
+                        made_of = at.product;
                         __syncwarp();
                     }
                     const int last = min((at.split + 1) * p.span, p.chunks);
@@ -520,7 +520,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
                                                                      full + slot, parity, lane, c);
                         __syncwarp();  // all lanes have read the slot: it is filled again
                         if (more) more = ahead.settle(job, warp);
-                        if (more) fill(ahead, weights, full + slot, lane), ahead.chunk += kWarps;
+                        if (more) fill(job, ahead, weights, full + slot, lane), ahead.chunk += kWarps;
                         if (++slot == job.slots) slot = 0, parity ^= 1;
                     }
                     if (kTokens == 1 && p.type != Number::i8 && p.type != Number::i4)
@@ -561,7 +561,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_kernel(const __grid_consta
                 if (!live) continue;
                 value *= scale;
                 if (p.to == To::partial) {
-                    write_global(p.out + (int64_t(at.split) * tokens + token) * p.out_stride + row, value);
+                    write_global(p.out + (at.split * tokens + token) * p.out_stride + row, value);
                     continue;
                 }
                 value += bias;
@@ -588,7 +588,7 @@ int log2_of(int64_t n) {
 bool plain(Number type) { return type != Number::i8 && type != Number::i4; }
 
 bool valid(const Matrix& m, Number activation) {
-    constexpr int64_t kMost = int64_t(1) << 30;
+    constexpr int64_t kMost = int64_t(1) << 22;
     if (m.rows < 1 || m.cols < 1 || m.rows > kMost || m.cols > kMost || !m.data) return false;
     if (plain(m.type)) return m.type == activation && m.stride >= 2 * m.cols && m.stride % 2 == 0;
     if (!m.scales) return false;
@@ -687,7 +687,7 @@ struct Builder {
     }
 
     void set_x(Product& p, const void* x, int64_t x_stride) {
-        p.x = static_cast<const unsigned char*>(x), p.x_stride = 2 * x_stride;
+        p.x = static_cast<const unsigned char*>(x), p.x_stride = int(2 * x_stride);
         p.x_wide = reinterpret_cast<uintptr_t>(x) % 16 == 0 && x_stride % 8 == 0;
     }
 
@@ -697,7 +697,7 @@ struct Builder {
         Product p = product_of(layer.form == Form::dense ? layer.first : layer.second);
         p.in = input.in, p.in_splits = input.in_splits, p.in_stride = input.in_stride, p.s = layer.s;
         if (layer.form == Form::dense) set_x(p, x, x_stride);
-        p.to = to, p.y = y, p.y_stride = 2 * y_stride, p.bias = layer.bias;
+        p.to = to, p.y = y, p.y_stride = int(2 * y_stride), p.bias = layer.bias;
         if (layer.form == Form::pivoted) p.place = layer.place + layer.first.rows;
         add(p);
         if (layer.form != Form::pivoted) return;
@@ -748,6 +748,10 @@ Status check(const Problem& problem, const Device& device, const Choices& choice
     }
     if (problem.mode != Mode::concatenate && outputs_of(problem.layers[0]) != outputs_of(problem.layers[1]))
         return Status::invalid;
+    // Activations and sums are addressed with 32 bits.
+    constexpr int64_t kMost = int64_t(1) << 26;
+    if (problem.x_stride > kMost || problem.y_stride > kMost || problem.x_stride < 0 || problem.y_stride < 0)
+        return Status::unsupported;
     int64_t inputs = problem.layers[0].first.cols, outputs = 0;
     for (int i = 0; i < problem.count; ++i) outputs += outputs_of(problem.layers[i]);
     if (problem.mode != Mode::concatenate) outputs = outputs_of(problem.layers[problem.count - 1]);
@@ -794,7 +798,7 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
             stage = builder.open_stage();
             Product p{};
             p.from = From::gate_and_up, p.to = To::multiply, p.type = problem.activation, p.rows = int(middle);
-            p.splits = 1, p.y = product, p.y_stride = 2 * stride;
+            p.splits = 1, p.y = product, p.y_stride = int(2 * stride);
             builder.set_x(p, both, 2 * middle);
             builder.add(p);
             builder.finish_stage(stage);
@@ -883,7 +887,7 @@ Status describe(int number, Device* device) {
     *device = {multiprocessors, size_t(shared), major >= 9};
 #else
     if (number) return Status::no_device;
-    *device = {3, device::most_shared, !device::kBulk ? false : true};
+    *device = {3, device::most_shared, device::kBulk};
 #endif
     return Status::ok;
 }

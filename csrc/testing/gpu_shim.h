@@ -42,6 +42,7 @@
 #define __global__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -689,11 +690,7 @@ void copy_async(void* to, const void* from, uint32_t size) {
     shim::current->copies.push_back([=] { shim::land(*block, to, from, size, kBytes); });
 }
 
-#if defined(ACIP_SHIM_SM80)
-constexpr bool kBulk = false;
-#else
-constexpr bool kBulk = true;
-#endif
+inline bool kBulk = true;  // or as on a GPU before sm_90
 
 // cp.async.bulk from global to shared memory.
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* at) {
