@@ -3,12 +3,16 @@
 Everything else is in pyproject.toml. The kernels in csrc/cpu are compiled once for each instruction set, and the
 processor chooses at run time; the files in csrc are compiled against the torch that is installed, hence
 `pip install --no-build-isolation`.
+
+With `ACIP_CUDA=1` in the environment the CUDA kernels in csrc/cuda are built too, as a library beside the extension;
+that takes nvcc (in the PATH or under CUDA_HOME) and about a minute, so it is done only when asked for.
 """
 
 import concurrent.futures
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +28,10 @@ if X86:
     ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 KERNELS = ("training", "decode")
+# Machine code for Ampere (which Ada runs too) and Hopper; what is newer compiles its own of PTX.
+CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=[sm_90,compute_90]"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
+NVCC_FLAGS += ["-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc/include'}"]
 # No errno and no traps, but IEEE arithmetic otherwise: sums keep their order and NaN stays NaN.
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 FLAGS += ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", f"-I{ROOT / 'csrc/include'}"]
@@ -33,6 +41,49 @@ def without(reason):
     """The one line that says why there is no extension."""
     print(f"acip_kernels: installed without its native kernels, plain PyTorch runs instead: {reason}", file=sys.stderr)
     return {}
+
+
+def cuda_home():
+    """Where CUDA is, by CUDA_HOME or by nvcc in the PATH; None if nowhere. A torch for CPUs does not look itself."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = pathlib.Path(home, "bin", "nvcc") if home else shutil.which("nvcc")
+    return pathlib.Path(nvcc).resolve().parent.parent if nvcc and os.path.exists(nvcc) else None
+
+
+def link_cuda(home, kernels, folder, target):
+    """`kernels`, an object, and their operators, compiled into `folder`, as the shared library `target`."""
+    import torch
+
+    torch_folder, compiler = pathlib.Path(torch.__file__).parent, os.environ.get("CXX", "c++")
+    bindings = f"{folder}/cuda_bindings.o"
+    flags = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+    flags += [f"-I{ROOT / 'csrc/include'}", "-isystem", torch_folder / "include"]
+    subprocess.run([compiler, *flags, "-c", ROOT / "csrc/cuda_bindings.cpp", "-o", bindings], check=True)
+    # CUDA's runtime is linked in; torch is the one that is loaded.
+    libraries = [
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch",
+        "-ltorch_cpu",
+        "-lc10",
+        f"-L{home / 'lib64'}",
+        f"-L{home / 'lib'}",
+    ]
+    libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    subprocess.run([compiler, "-shared", kernels, bindings, *libraries, "-o", target], check=True)
+
+
+def build_cuda(folder, target):
+    """The CUDA kernels and their operators as the shared library `target`, by way of objects in `folder`."""
+    home = cuda_home()
+    if home is None:
+        raise RuntimeError("ACIP_CUDA is set, but there is no nvcc in the PATH nor under CUDA_HOME")
+    for path in (folder, os.path.dirname(target)):
+        os.makedirs(path, exist_ok=True)
+    kernels = f"{folder}/cuda_decode.o"
+    targets = [flag for one in CUDA_TARGETS for flag in ("-gencode", one)]
+    source = ROOT / "csrc/cuda/decode.cu"
+    subprocess.run([home / "bin/nvcc", *NVCC_FLAGS, *targets, "-c", source, "-o", kernels], check=True)
+    link_cuda(home, kernels, folder, target)
 
 
 def extension():
@@ -55,6 +106,8 @@ def extension():
                 without(f"the build failed: {str(error).strip().splitlines()[-1]}")
                 if os.environ.get("ACIP_REQUIRE_NATIVE"):
                     raise
+            if os.environ.get("ACIP_CUDA"):  # asked for: a failure is one
+                build_cuda(self.build_temp, self.cuda_library())
 
         def kernels(self):
             folder = pathlib.Path(self.build_temp, "kernels")
@@ -74,14 +127,19 @@ def extension():
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 return list(pool.map(compiled, jobs))
 
+        def cuda_library(self):
+            return os.path.join(self.build_lib, "acip_kernels", "_cuda.so")
+
         def get_outputs(self):
             # An extension that was not built is no output; setuptools would look for it.
-            return [path for path in super().get_outputs() if os.path.exists(path)]
+            return [path for path in (*super().get_outputs(), self.cuda_library()) if os.path.exists(path)]
 
         def copy_extensions_to_source(self):
             built = [ext for ext in self.extensions if os.path.exists(self.get_ext_fullpath_built(ext))]
             self.extensions = built
             super().copy_extensions_to_source()
+            if os.path.exists(self.cuda_library()):
+                shutil.copy(self.cuda_library(), ROOT / "acip_kernels")
 
         def get_ext_fullpath_built(self, ext):
             return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))

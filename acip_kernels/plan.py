@@ -382,6 +382,21 @@ def decode_seconds(
     return max(total / memory * rounds, operations / rate) + (device.pdl_gap if config.pdl else device.gap)
 
 
+def one_launch_seconds(
+    device: Device, stages: list[list[Weight]], itemsize: int = 2, ahead: int = 160 << 10
+) -> tuple[float, float]:
+    """Memory's time for all weights of `stages`, and the model of the CUDA kernels' one cooperative launch over them.
+
+    At a barrier between two stages sums are written, every block is heard of, and the sums are read: three times
+    memory's latency, assumed as that is, and not measured. Meanwhile weights keep coming, up to `ahead` bytes for each
+    multiprocessor and no more than the next stage has; what is left of the barrier then is waited for.
+    """
+    sizes = [sum(r * c * _BITS.get(kind, 8 * itemsize) / 8 for r, c, kind, _ in stage) for stage in stages]
+    floor = sum(sizes) / device.bandwidth
+    covered = [min(ahead * device.multiprocessors, size) / device.bandwidth for size in sizes[1:]]
+    return floor, floor + _LATENCY + sum(max(0.0, 3 * _LATENCY - time) for time in covered)
+
+
 class Launch(NamedTuple):
     """What a config is chosen for: the weights of one launch, and how it reads them.
 

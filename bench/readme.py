@@ -16,6 +16,7 @@ import sys
 from acip_kernels import files, report
 
 from . import (
+    cuda_builds,
     decode_cpu,
     generate,
     kernel_builds,
@@ -190,7 +191,23 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             f"smallest to the largest of {len(found['rows'])} builds.\n"
         )
         parts.append(kernel_builds.table(found["rows"]))
+    parts.append(cuda_block(results / cuda_builds.RESULTS.name))
     return "\n".join(parts)
+
+
+def cuda_block(path: pathlib.Path) -> str:
+    """What the CUDA C++ kernels become, and how they lay out layers."""
+    found = files.read_json(path)
+    return (
+        f"What the CUDA C++ kernels are compiled to, by nvcc {found['nvcc']}, {found['date'][:10]}: machine "
+        "instructions as they are written down, what a loop repeats once.\n\n"
+        f"{cuda_builds.builds_table(found['builds'])}\n"
+        "How they lay out Llama-3.1-8B's layers at half their size, by their own arithmetic: one block to a "
+        "multiprocessor, since its ring of weights takes the shared memory. The floor is weights over the datasheet's "
+        "bandwidth; the model is the floor, one latency of memory, and what of each barrier (three latencies of "
+        "0.7 µs, assumed) the weights that keep coming do not cover.\n\n"
+        f"{cuda_builds.schedules_table(found['schedules'])}"
+    )
 
 
 def measured_on(device: dict) -> str:

@@ -14,7 +14,8 @@ SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", 
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-O1", f"-I{ROOT / 'csrc/include'}"]
 
 pytestmark = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"), reason="needs a C++ compiler, and fibers as Linux has them"
+    COMPILER is None or not sys.platform.startswith("linux"),
+    reason="needs a C++ compiler, and fibers as Linux has them",
 )
 
 RACE = "with no barrier in between"

@@ -19,6 +19,7 @@ from acip_kernels.plan import (
     decode_seconds,
     device_of,
     explain_decode,
+    one_launch_seconds,
     training_memory,
     training_operations,
     training_plan,
@@ -200,3 +201,18 @@ def test_every_choice_is_printed_with_its_reason():
     times = [float(line.split(" µs")[0].split()[-1]) for line in text.splitlines() if "µs" in line]
     assert times == sorted(times) and len(times) > 20
     assert device_of(torch.device("cpu")) is DEVICES["H100"]
+
+
+def test_a_barrier_costs_what_the_next_weights_do_not_cover():
+    device = DEVICES["H100"]
+    large, small = (4096, 1024, 0, 0), (1024, 400, 0, 0)
+    floor, model = one_launch_seconds(device, [[large], [large]])
+    assert floor == 2 * 4096 * 1024 * 2 / device.bandwidth
+    launch = model - floor
+    # 8 MiB take longer than a barrier, 0.8 MB do not, nor does what a multiprocessor may have on its way.
+    assert 0 < launch < 1e-6
+    few_floor, few = one_launch_seconds(device, [[large], [small]])
+    assert few - few_floor > launch
+    _, short = one_launch_seconds(device, [[large], [large]], ahead=1 << 10)
+    assert short > model
+    assert one_launch_seconds(device, [[large]])[1] < few

@@ -15,7 +15,7 @@ from typing import Any
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 TARGETS = tuple(SHARED_MEMORY)
 
-_SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _GCN = re.compile(r"^\t([a-z]\w+)", re.MULTILINE)
 
 
@@ -146,7 +146,7 @@ def _read_cubin(compiled) -> tuple[int, int, str, list[str]]:
         file.flush()
         usage, sass = dump("--dump-resource-usage"), dump("--dump-sass")
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, sass, _SASS.findall(sass)
+    return registers, stack + local, sass, SASS.findall(sass)
 
 
 def _read_gcn(compiled) -> tuple[int, int, str, list[str]]:

@@ -15,6 +15,7 @@ from . import extension
 KNOWN_BACKENDS = ("reference", "native", "triton", "cuda")
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result  # what torch.compile cannot trace
@@ -41,8 +42,8 @@ def choose_backend(
     """The implementation that `backend` names; only "auto" may choose.
 
     "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; else the
-    reference. It never takes Triton's: no GPU has shown yet where they win, so they are to be asked for. Raises
-    `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
+    reference. It never takes Triton's or CUDA's: no GPU has shown yet where they win, so they are to be asked for.
+    Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
     """
     if backend == "auto":
         native = "native" in available and (x is None or extension.takes(x, dtypes))
@@ -50,10 +51,13 @@ def choose_backend(
     if backend not in KNOWN_BACKENDS:
         raise ValueError(f"{operator}: backend must be 'auto' or one of {list(KNOWN_BACKENDS)}, got {backend!r}")
     if backend not in available:
+        from .fused_linear import cuda
+
+        why = {"native": ("native", extension.missing), "cuda": ("CUDA", cuda.missing)}.get(backend, ("", None))
         raise RuntimeError(
             f"{operator}: backend {backend!r} is not available in this installation; "
             f"available: {sorted(available)}. Use backend='auto' to let the package choose."
-            + (f" The native kernels are {extension.missing}." if backend == "native" and extension.missing else "")
+            + (f" The {why[0]} kernels are {why[1]}." if why[1] else "")
         )
     if backend == "native" and x is not None and not extension.takes(x, dtypes):
         raise RuntimeError(
@@ -65,6 +69,11 @@ def choose_backend(
             f"{operator}: the Triton kernels take {', '.join(str(d) for d in TRITON_DTYPES)} on a GPU, "
             f"got {x.dtype} on {x.device}. Move or convert x, or use backend='auto' to let the package choose. "
             "On the CPU they run in Triton's interpreter alone, for tests: TRITON_INTERPRET=1 before it is imported."
+        )
+    if backend == "cuda" and x is not None and (x.device.type != "cuda" or x.dtype not in CUDA_DTYPES):
+        raise RuntimeError(
+            f"{operator}: the CUDA kernels take {', '.join(str(d) for d in CUDA_DTYPES)} on a GPU, "
+            f"got {x.dtype} on {x.device}. Move or convert x, or use backend='auto' to let the package choose."
         )
     return available[backend]
 

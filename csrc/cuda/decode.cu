@@ -1,12 +1,13 @@
 // Layers of few tokens: the time of reading their weights, and as little else as there can be.
 //
 // A problem is a list of stages (first factors; second factors; for a whole MLP two more), a stage a list of products,
-// each cut into tasks of 16 rows and, of first factors, a part of the columns. Every block has its share of each stage's
-// tasks, and each of its 8 warps every eighth chunk of a task's columns: 16 rows of up to 256 bytes. So what a warp reads,
-// from the first stage to the last, is known when the launch begins, and it is read as one stream: a ring of slots in
-// shared memory, private to the warp, that copies fill (`cp.async.bulk` on sm_90, `cp.async` before) as far ahead as there
-// are slots. Weights depend on nothing, so the stream does not stop for a barrier: while the blocks wait for each other
-// between two stages, the next stage's weights keep coming, on an H100 up to 160 KiB of them for each multiprocessor.
+// each cut into tasks of 16 rows and, of first factors, a part of the columns. Every block has its share of each
+// stage's tasks, and each of its 8 warps every eighth chunk of a task's columns: 16 rows of up to 256 bytes. So what a
+// warp reads, from the first stage to the last, is known when the launch begins, and it is read as one stream: a ring
+// of slots in shared memory, private to the warp, that copies fill (`cp.async.bulk` on sm_90, `cp.async` before) as far
+// ahead as there are slots. Weights depend on nothing, so the stream does not stop for a barrier: while the blocks wait
+// for each other between two stages, the next stage's weights keep coming, on an H100 up to 160 KiB of them for each
+// multiprocessor.
 //
 // Sums are float32. A chunk's products go through tensor cores, weights as the rows of m16n8k16, tokens as its columns;
 // one token's products of two-byte weights are multiplied and added, as exact as float32 is. Which column a lane has as
@@ -177,10 +178,10 @@ __device__ __forceinline__ void copy_slowly(const Product& p, unsigned char* slo
 
 __device__ __forceinline__ int pitch_of(const Product& p) { return p.type == Number::i4 ? kPitchOf4 : kPitch; }
 
-// Starts what brings a chunk of weights to a slot; whoever copies how, every lane arrives once at `full`. Behind the end
-// of a row there are zeros up to a multiple of 16 bytes.
-__device__ __forceinline__ void fill_unaligned(const Product& p, unsigned char* slot, const unsigned char* from, int rows,
-                                            int bytes, uint64_t* full, int lane) {
+// Starts what brings a chunk of weights to a slot; whoever copies how, every lane arrives once at `full`. Behind the
+// end of a row there are zeros up to a multiple of 16 bytes. Here of rows that are not aligned to 16 bytes.
+__device__ __forceinline__ void fill_unaligned(const Product& p, unsigned char* slot, const unsigned char* from,
+                                               int rows, int bytes, uint64_t* full, int lane) {
     const int pitch = pitch_of(p);
     if (p.step >= 4) {
         if (p.step == 8)
@@ -241,8 +242,8 @@ __device__ __forceinline__ float sum_of_splits(const Product& p, int tokens, int
     return p.s ? sum * read_global<float>(p.s + k) : sum;
 }
 
-// Makes the inputs of this warp's chunks of a second factor: sums of splits, scaled and rounded, [chunk, token, column],
-// with zeros behind the last column.
+// Makes the inputs of this warp's chunks of a second factor: sums of splits, scaled and rounded, [chunk, token,
+// column], with zeros behind the last column.
 template <class X>
 __device__ __forceinline__ void make_inputs(const Product& p, unsigned char* to, int tokens, int warp, int lane) {
     int pitch = input_pitch(p), quads_shift = p.chunk_shift - 2;
@@ -284,7 +285,7 @@ __device__ __forceinline__ constexpr uint32_t magic() {
 
 // Four signed bytes b0 to b3 as numbers: (b0, b2) and (b1, b3).
 __device__ __forceinline__ void numbers_of_8(Bf16, uint32_t word, uint32_t& even, uint32_t& odd) {
-    // Seven bits behind 128 (0x4300); the sign's bit of weight -128 is, where it lies, the exponent's lowest: 128 or 256.
+    // Seven bits behind 128 (0x4300). The sign's bit weighs -128 and lies at the exponent's lowest: 128 or 256.
     uint32_t high = word >> 8;
     even = subtract(Bf16{}, (word & 0x007f007fu) | 0x43004300u, (word & 0x00800080u) | 0x43004300u);
     odd = subtract(Bf16{}, (high & 0x007f007fu) | 0x43004300u, (high & 0x00800080u) | 0x43004300u);
@@ -348,8 +349,8 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, int row, int ch
                 const int column = 32 * (t + 4 * half), of = row + g + 8 * i;
                 if (column < columns && of < p.rows) {
                     const int64_t at = int64_t(of) * p.groups + ((first + column) >> p.group_shift);
-                    scales[i][half] = uint32_t(read_global<uint16_t>(static_cast<const uint16_t*>(p.scales) + at)) << 16 |
-                                      (p.zeros ? read_global<uint8_t>(p.zeros + at) : 8);
+                    const uint32_t scale = read_global<uint16_t>(static_cast<const uint16_t*>(p.scales) + at);
+                    scales[i][half] = scale << 16 | (p.zeros ? read_global<uint8_t>(p.zeros + at) : 8);
                 }
             }
     }
@@ -420,7 +421,8 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, int row, int ch
                 const uint32_t scale_8 = __shfl_sync(~0u, round ? scales[1][1] : scales[1][0], (lane & ~3) | u);
                 const uint32_t zero = magic<X>() | (scale & 0xff) * 0x10001u;
                 const uint32_t zero_8 = magic<X>() | (scale_8 & 0xff) * 0x10001u;
-                const float by = to_float(Bf16{}, uint16_t(scale >> 16)), by_8 = to_float(Bf16{}, uint16_t(scale_8 >> 16));
+                const float by = to_float(Bf16{}, uint16_t(scale >> 16));
+                const float by_8 = to_float(Bf16{}, uint16_t(scale_8 >> 16));
                 uint32_t rows[4], rows_8[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -518,7 +520,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                         else
                             multiply_chunk<X, kTokens, Number::bf16>(p, at.row, chunk, inputs, tokens, weights,
                                                                      full + slot, parity, lane, c);
-                        __syncwarp();  // all lanes have read the slot: it is filled again
+                        __syncwarp();  // all lanes have read the slot
                         if (more) more = ahead.settle(job, warp);
                         if (more) fill(job, ahead, weights, full + slot, lane), ahead.chunk += kWarps;
                         if (++slot == job.slots) slot = 0, parity ^= 1;
@@ -587,9 +589,11 @@ int log2_of(int64_t n) {
 
 bool plain(Number type) { return type != Number::i8 && type != Number::i4; }
 
-bool valid(const Matrix& m, Number activation) {
+bool valid(const Matrix& m, Number activation, int64_t least_rows = 1) {
     constexpr int64_t kMost = int64_t(1) << 22;
-    if (m.rows < 1 || m.cols < 1 || m.rows > kMost || m.cols > kMost || !m.data) return false;
+    if (m.rows < least_rows || m.cols < 1 || m.rows > kMost || m.cols > kMost) return false;
+    if (m.rows == 0) return true;
+    if (!m.data) return false;
     if (plain(m.type)) return m.type == activation && m.stride >= 2 * m.cols && m.stride % 2 == 0;
     if (!m.scales) return false;
     if (m.type == Number::i8) return m.stride >= m.cols;
@@ -699,7 +703,7 @@ struct Builder {
         if (layer.form == Form::dense) set_x(p, x, x_stride);
         p.to = to, p.y = y, p.y_stride = int(2 * y_stride), p.bias = layer.bias;
         if (layer.form == Form::pivoted) p.place = layer.place + layer.first.rows;
-        add(p);
+        if (p.rows) add(p);
         if (layer.form != Form::pivoted) return;
         Product pivots = p;
         pivots.from = From::pivots, pivots.weight = nullptr, pivots.rows = int(layer.first.rows), pivots.chunks = 0;
@@ -737,8 +741,9 @@ Status check(const Problem& problem, const Device& device, const Choices& choice
     for (int i = 0; i < problem.count; ++i) {
         const Layer& layer = problem.layers[i];
         if (!valid(layer.first, problem.activation)) return Status::invalid;
-        if (layer.form != Form::dense &&
-            (!valid(layer.second, problem.activation) || layer.second.cols != layer.first.rows))
+        // A pivoted layer may be pivots alone.
+        if (layer.form != Form::dense && (!valid(layer.second, problem.activation, layer.form == Form::factors) ||
+                                          layer.second.cols != layer.first.rows))
             return Status::invalid;
         if (layer.form == Form::pivoted && !layer.place) return Status::invalid;
         if (layer.form != Form::factors && layer.s) return Status::invalid;
@@ -869,7 +874,7 @@ const char* message(Status status) {
         case Status::invalid: return "sizes, pointers or options that make no problem";
         case Status::unsupported: return "more tokens, siblings or ranks than these kernels take on this device";
         case Status::workspace: return "the workspace is too small, or not aligned to 256 bytes";
-        case Status::no_device: return "there is no CUDA device of this number that the kernels run on (sm_80 or newer)";
+        case Status::no_device: return "there is no CUDA device of this number, of sm_80 or newer";
         case Status::failed: return "CUDA refused the launch";
     }
     return "no status";
@@ -934,7 +939,8 @@ Status decode(const Problem& problem, const Device& device, void* workspace, siz
     if (!job.slots) return Status::unsupported;
     for (int stage = 0; stage < plan.stages; ++stage) {
         job.begin = stage, job.end = stage + 1;
-        Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), false, stage && device.dependent, on);
+        const bool dependent = stage > 0 && device.dependent;
+        Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), false, dependent, on);
         if (done != Launched::yes) return Status::failed;
     }
     return Status::ok;

@@ -24,7 +24,9 @@ struct F16 {};
 
 __device__ __forceinline__ float to_float(Bf16, uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 __device__ __forceinline__ float to_float(F16, uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ __forceinline__ uint16_t round(Bf16, float value) { return __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+__device__ __forceinline__ uint16_t round(Bf16, float value) {
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
 __device__ __forceinline__ uint16_t round(F16, float value) { return __half_as_ushort(__float2half_rn(value)); }
 
 // a - b of two numbers each.
@@ -104,7 +106,8 @@ __device__ __forceinline__ void fence_async() {
 #endif
 }
 __device__ __forceinline__ void barrier_arrive(uint64_t* at) {
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(at)) : "memory");
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(at))
+                 : "memory");
 }
 // An arrival that adds to the bytes that have to come before the phase is over.
 __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* at, uint32_t bytes) {

@@ -1,9 +1,9 @@
 // A GPU of one's own, for tests: CUDA kernels of this package, compiled by g++, run on the CPU.
 //
-// Every CUDA thread is a fiber; fibers run one at a time, each until it has to wait, so a run is deterministic. What the
-// kernels use of a GPU is here and nothing else: grid, blocks, warps of 32, `__syncthreads`, `__syncwarp`, shuffles,
-// `mma.sync.m16n8k16` with fragments as the PTX manual lays them out, a cooperative grid's barrier, dynamic shared
-// memory, `cp.async`, mbarriers and bulk copies. What a GPU would let pass is reported:
+// Every CUDA thread is a fiber; fibers run one at a time, each until it has to wait, so a run is deterministic. What
+// the kernels use of a GPU is here and nothing else: grid, blocks, warps of 32, `__syncthreads`, `__syncwarp`,
+// shuffles, `mma.sync.m16n8k16` with fragments as the PTX manual lays them out, a cooperative grid's barrier, dynamic
+// shared memory, `cp.async`, mbarriers and bulk copies. What a GPU would let pass is reported:
 //
 // - an access outside of shared memory, outside of every registered array in global memory, to the wrong address for
 //   its size, or a write to an array that is only to be read (the arrays lie on the heap: the address sanitizer sees

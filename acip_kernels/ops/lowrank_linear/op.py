@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import common, extension
+from ..fused_linear.cuda import missing
 from ..fused_linear.op import DTYPES
-from . import native, reference
+from . import cuda, native, reference
 
 OPERATOR = "lowrank_linear"
 BACKENDS = {"reference": reference.forward}
@@ -20,6 +21,8 @@ except ImportError:  # a machine without Triton
     pass
 else:
     BACKENDS["triton"] = triton.forward
+if missing is None:
+    BACKENDS["cuda"] = cuda.forward
 
 
 def lowrank_linear(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import common, extension
+from ..fused_linear.cuda import missing
 from ..fused_linear.op import DTYPES
-from . import native, reference
+from . import cuda, native, reference
 
 OPERATOR = "pivot_linear"
 BACKENDS = {"reference": reference.forward}
@@ -18,6 +19,8 @@ except ImportError:  # a machine without Triton
     pass
 else:
     BACKENDS["triton"] = triton.forward
+if missing is None:
+    BACKENDS["cuda"] = cuda.forward
 
 
 def pivot_linear(

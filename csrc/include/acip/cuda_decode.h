@@ -1,9 +1,9 @@
 // Linear layers of few tokens on an NVIDIA GPU (sm_80 and newer): all of a group's products in one launch.
 //
 // Raw pointers, sizes and a stream; no torch header, none of CUDA's. Pointers are to the GPU's memory. A call allocates
-// nothing and waits for nothing, and can be captured in a graph; results are the same to the bit whenever they are asked
-// for, on one kind of device. Memory between the products is the caller's: `workspace_bytes` says how much, what is in
-// it before a call does not matter, and two calls may share it if one stream orders them.
+// nothing and waits for nothing, and can be captured in a graph; results are the same to the bit whenever they are
+// asked for, on one kind of device. Memory between the products is the caller's: `workspace_bytes` says how much, what
+// is in it before a call does not matter, and two calls may share it if one stream orders them.
 #pragma once
 
 #include <cstddef>
@@ -30,8 +30,8 @@ struct Layer {
     const int32_t* place;  // [outputs], of a pivoted layer
 };
 
-// concatenate: the outputs of up to `kMostSiblings` layers of one input side by side. swiglu: silu(first) ⊙ second of two
-// layers. gated_mlp: a third layer of that.
+// concatenate: the outputs of up to `kMostSiblings` layers of one input side by side. swiglu: silu(first) ⊙ second of
+// two layers. gated_mlp: a third layer of that.
 enum class Mode { concatenate, swiglu, gated_mlp };
 
 struct Problem {
@@ -51,8 +51,8 @@ struct Device {
     bool dependent;       // whether launches may overlap (programmatic dependent launch, sm_90 and newer)
 };
 
-// cooperative: one launch whose blocks wait for each other between products. dependent: a launch for each side of such a
-// barrier. automatic: cooperative, and where it is refused, as on a GPU that others use too, dependent.
+// cooperative: one launch whose blocks wait for each other between products. dependent: a launch for each side of such
+// a barrier. automatic: cooperative, and where it is refused, as on a GPU that others use too, dependent.
 enum class Launch { automatic, cooperative, dependent };
 
 // How the work is laid out; zeros are chosen. For tests and whoever tunes.

@@ -1,0 +1,94 @@
+"""What nvcc makes of the CUDA kernels for GPUs that are not here: the stored table, and all of it compiled again."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_gpu_shim import COMPILER
+
+from acip_kernels import files
+from bench import cuda_builds
+
+ROOT = cuda_builds.ROOT
+needs_nvcc = pytest.mark.skipif(cuda_builds.nvcc() is None, reason="needs nvcc, in the PATH or under CUDA_HOME")
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return files.read_json(cuda_builds.RESULTS)
+
+
+def check(rows):
+    """Nothing spills, and the instructions that matter are there, and those that must not be are not."""
+    kernels = {(row["target"], row["activation"], row["tokens"]) for row in rows}
+    assert kernels == {(t, a, n) for t in cuda_builds.TARGETS for a in ("bfloat16", "float16") for n in (1, 8, 16)}
+    for row in rows:
+        assert row["spills"] == 0 and row["local memory"] == 0, row
+        # So that two blocks fit on a multiprocessor, where launches overlap.
+        assert row["registers"] <= (128 if row["tokens"] <= 8 else 255), row
+        assert row["blocks"] >= (2 if row["tokens"] <= 8 else 1), row
+        assert row["tensor cores"] > 0, row  # of one token for integers alone
+        assert (row["bulk copies"] > 0) == (row["target"] == "sm_90a"), row
+        assert (row["async copies of 16 bytes"] > 0) == (row["target"] == "sm_80"), row
+        assert row["16 bytes from global memory"] > 0 and row["16 bytes from shared memory"] > 0, row
+        assert row["integers to floats"] == 0, row
+
+
+def test_the_stored_table(stored):
+    check(stored["builds"])
+    for row in stored["schedules"]:
+        device = cuda_builds.DEVICES[row["device"]]
+        assert row["shared"] <= device.shared_bytes and row["slots"] >= 2, row
+        # Little's law: as many bytes on their way as memory delivers in its latency, of about 0.7 µs.
+        assert row["ahead"] * device.multiprocessors >= 0.7e-6 * device.bandwidth, row
+        assert row["floor"] <= row["model"], row
+        assert row["blocks"] == device.multiprocessors, row
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_the_stored_schedules_are_the_kernels_own(stored):
+    assert cuda_builds.schedules(COMPILER) == stored["schedules"]
+
+
+@needs_nvcc
+@pytest.mark.skipif(cuda_builds.cuobjdump() is None, reason="needs cuobjdump")
+def test_compiled_again_it_is_as_stored(stored):
+    """With warnings as errors."""
+    rows = cuda_builds.builds()
+    check(rows)
+    if cuda_builds.version() == stored["nvcc"]:
+        assert rows == stored["builds"]
+
+
+@needs_nvcc
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_the_example_and_the_torch_library_are_built_and_load_without_a_gpu(tmp_path):
+    """Of one compilation of the kernels, for one target: a program without torch, and the library that torch loads."""
+    home = pathlib.Path(cuda_builds.nvcc()).resolve().parent.parent
+    kernels = f"{tmp_path}/kernels.o"
+    flags = [*cuda_builds.FLAGS, "-Xcompiler", "-fPIC", "-gencode", "arch=compute_90a,code=sm_90a"]
+    subprocess.run([cuda_builds.nvcc(), *flags, "-c", str(ROOT / "csrc/cuda/decode.cu"), "-o", kernels], check=True)
+    program, source = f"{tmp_path}/decode", str(ROOT / "csrc/examples/decode.cpp")
+    subprocess.run([cuda_builds.nvcc(), *cuda_builds.FLAGS, kernels, source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    if torch.cuda.is_available():
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        assert done.returncode == 2 and "no CUDA device" in done.stderr
+    setup = (ROOT / "setup.py").read_text().split("def extension")[0]
+    namespace = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
+    exec(compile(setup, "setup.py", "exec"), namespace)
+    library = f"{tmp_path}/_cuda.so"
+    namespace["link_cuda"](home, kernels, tmp_path, library)
+    code = (
+        "import torch, sys; torch.ops.load_library(sys.argv[1]); x = torch.ones(1, 8, dtype=torch.bfloat16)\n"
+        "assert torch.ops.acip_cuda.fused_linear.default is not None\n"
+        "try: torch.ops.acip_cuda.fused_linear(x, [x], [0, 0, 0, 8, 0], 0)\n"
+        "except NotImplementedError as error: assert 'CPU' in str(error), error\n"
+        "else: raise SystemExit('it ran on the CPU')"
+    )
+    subprocess.run([sys.executable, "-c", code, library], check=True)
+    assert shutil.which("nvcc") or home.exists()

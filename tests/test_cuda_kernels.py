@@ -1,0 +1,56 @@
+"""The CUDA kernels of deployed layers, run on the CPU under the execution shim and the address sanitizer."""
+
+import re
+import subprocess
+
+import pytest
+from test_gpu_shim import COMPILER, FLAGS, RACE, ROOT, SANITIZED, pytestmark  # noqa: F401
+
+KERNELS, PROGRAM = ROOT / "csrc/cuda/decode.cu", ROOT / "csrc/testing/cuda_decode.cpp"
+
+
+def compiled(target, kernels, *flags):
+    # g++ knows no `#pragma unroll`.
+    command = [COMPILER, *FLAGS, "-Wno-unknown-pragmas", *flags, f"-I{ROOT / 'csrc/cuda'}", "-x", "c++"]
+    subprocess.run([*command, str(kernels), str(PROGRAM), "-o", str(target)], check=True)
+    return str(target)
+
+
+def test_every_form_and_number_against_float64_and_bytes_against_their_floor(tmp_path):
+    """Both dtypes, all forms, siblings, SwiGLU, MLPs, int8 and int4, odd sizes, 1 to 16 tokens; each in one launch and
+    in several, with other splits and slots, by both kinds of copies, threads in either order; a workspace of NaN."""
+    program = compiled(tmp_path / "cuda_decode", KERNELS, *SANITIZED)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0 and done.stdout.endswith("\n0 mistakes\n"), done.stdout[-2000:] + done.stderr[-4000:]
+    counted = re.findall(r"bytes: (\d+) weights, (\d+) read, (\d+) others", done.stdout)
+    assert len(counted) == 6
+    for weights, read, _ in counted:
+        assert int(weights) <= int(read) <= 1.02 * int(weights)
+
+
+# Lines of the kernel without which it is wrong, what is put in their place, and what has to be told then.
+BUGS = {
+    "a slot is filled while it is read": (
+        "__syncwarp();  // all lanes have read the slot",
+        "",
+        RACE,
+    ),
+    "weights are not waited for": ("if (round == 0) barrier_wait(full, parity);", "", "was not waited for"),
+    "blocks do not wait for each other": ("if (stage > job.begin) sync_grid();", "", RACE),
+    "one buffer of sums": ("turn ^= 1;", "", RACE),
+    "a wrong fragment": ("{low[0], high[0], low[1], high[1]}", "{low[0], low[1], high[0], high[1]}", ", not "),
+    "rows behind the last": ("min(kRows, p.rows - walk.row)", "kRows", "in no array"),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_in_the_kernel_is_caught(bug, tmp_path):
+    line, instead, told = BUGS[bug]
+    source = KERNELS.read_text()
+    assert source.count(line) == 1, line
+    mutant = tmp_path / "decode.cu"
+    mutant.write_text(source.replace(line, instead))
+    program = compiled(tmp_path / "mutant", mutant, "-O0", "-Wno-error")
+    done = subprocess.run([program, "quick"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and told in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,0 +1,184 @@
+"""The CUDA kernels through their torch binding against float64: both compiled for the CPU, under the execution shim."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from deployed import KINDS, Layer, arguments, bound, exact, inputs
+from operators import assert_within
+from test_gpu_shim import COMPILER, FLAGS, ROOT
+
+from acip_kernels.ops import lowrank_linear
+from acip_kernels.ops.fused_linear import cuda, op
+from acip_kernels.ops.pivot_linear.op import pivot_linear
+
+DTYPES = (torch.bfloat16, torch.float16)
+SHAPES = [(1, 1, 1), (33, 65, 17), (130, 37, 33), (200, 150, 97), (96, 64, 32)]
+on_cpu = pytest.mark.skipif(
+    COMPILER is None or not sys.platform.startswith("linux"),
+    reason="needs a C++ compiler, and fibers as Linux has them",
+)
+
+
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory):
+    """Loads what `_cuda.so` would have, of the same sources, as operators for the CPU."""
+    folder = tmp_path_factory.mktemp("cuda")
+    torch_folder = pathlib.Path(torch.__file__).parent
+    jobs = {
+        "kernels": ["-std=c++17", "-Wno-unknown-pragmas", "-x", "c++", str(ROOT / "csrc/cuda/decode.cu")],
+        "bindings": ["-std=c++20", "-DACIP_SHIM", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_folder / "include"),
+                     str(ROOT / "csrc/cuda_bindings.cpp")],
+    }  # fmt: skip
+    for name, flags in jobs.items():
+        subprocess.run([COMPILER, *FLAGS, "-fPIC", *flags, "-c", "-o", f"{folder}/{name}.o"], check=True)
+    objects = [f"{folder}/{name}.o" for name in jobs]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run([COMPILER, "-shared", *objects, *libraries, "-o", f"{folder}/cuda.so"], check=True)
+    torch.ops.load_library(f"{folder}/cuda.so")
+
+
+def fused(x, layers, mode=op.CONCATENATE, **choices):
+    return cuda.forward(x, *arguments(layers), mode, **choices)
+
+
+def bounds(layers, x, dtype):
+    return torch.cat([bound(layer, x, dtype) for layer in layers], -1)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
+def test_every_form_and_number_against_float64(operator, form, kind, dtype):
+    for number, (in_, out, rank) in enumerate(SHAPES):
+        layer = Layer(
+            form, in_, out, rank, dtype, KINDS[kind], s=form == op.FACTORS and number % 2 == 0, bias=number % 3 != 1,
+            group=(32, 64, 128)[number % 3], seed=number,
+        )  # fmt: skip
+        for tokens in (1, 5, 16) if number == 2 else (1, 5):
+            x = inputs(dtype, tokens, in_)
+            y = fused(x, [layer])
+            assert y.dtype == dtype
+            assert_within(bounds([layer], x, dtype), y, exact(x, [layer]), f"{in_} → {rank} → {out}, {tokens} tokens")
+
+
+@on_cpu
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_siblings_of_mixed_forms_and_unequal_ranks(operator, dtype, tokens):
+    layers = [
+        Layer(op.FACTORS, 70, 90, 33, dtype, seed=1, s=True),
+        Layer(op.PIVOTED, 70, 20, 1, dtype, op.INT4_ZEROS, seed=3),
+        Layer(op.DENSE, 70, 20, 0, dtype, op.INT8, seed=2, bias=False),
+        Layer(op.FACTORS, 70, 17, 16, dtype, op.INT8, seed=4),
+    ]
+    x = inputs(dtype, tokens, 70)
+    for order in ((2, 0), (0, 1, 2), (3, 1, 2, 0)):
+        some = [layers[i] for i in order]
+        y = fused(x, some, splits=2)
+        assert_within(bounds(some, x, dtype), y, exact(x, some))
+        alone = torch.cat([fused(x, [layer], splits=2) for layer in some], -1)
+        assert torch.equal(y, alone)  # to the bit: a row's sum is the same in any company
+
+
+@on_cpu
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    "forms", [(op.FACTORS,) * 3, (op.DENSE, op.FACTORS, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
+)
+def test_gated_mlp_and_swiglu(operator, forms, tokens):
+    dtype = torch.bfloat16
+    gate, up, down = (
+        Layer(forms[0], 40, 66, 21, dtype, seed=1),
+        Layer(forms[1], 40, 66, 35, dtype, op.INT8, seed=2),
+        Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3),
+    )
+    x = inputs(dtype, tokens, 40) / 8
+    g, u = exact(x, [gate]), exact(x, [up])
+    dg, du = bounds([gate], x, dtype), bounds([up], x, dtype)
+    # silu's slope is at most 1.1 and |silu(g)| at most |g|.
+    eps, small = 2 * torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    act = torch.nn.functional.silu(g) * u
+    act_bound = 1.1 * dg * (u.abs() + du) + g.abs() * du + (eps + 20 * small) * (g.abs() + dg) * (u.abs() + du)
+    assert_within(act_bound, fused(x, [gate, up], op.SWIGLU), exact(x, [gate, up], op.SWIGLU))
+    y, want = fused(x, [gate, up, down], op.GATED_MLP), exact(x, [gate, up, down], op.GATED_MLP)
+    through = Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3, bias=False).magnitude(act_bound)
+    assert_within(through + bound(down, act.abs() + act_bound, dtype), y, want)
+    assert torch.equal(y, fused(x, [gate, up, down], op.GATED_MLP, launch="dependent"))
+
+
+@on_cpu
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_choices_change_no_more_than_rounding_and_reruns_nothing(operator, tokens):
+    dtype = torch.float16
+    layers = [Layer(op.FACTORS, 300, 70, 90, dtype, seed=1), Layer(op.FACTORS, 300, 40, 20, dtype, op.INT8, seed=2)]
+    x = inputs(dtype, tokens, 300)
+    want, limits = exact(x, layers), bounds(layers, x, dtype)
+    for splits in (0, 1, 2, 3, 5, 100):
+        first = None
+        for slots, launch in ((0, "automatic"), (2, "cooperative"), (3, "dependent")):
+            y = fused(x, layers, splits=splits, slots=slots, launch=launch)
+            assert_within(limits, y, want, f"{splits} splits, {slots} slots, {launch}")
+            first = y if first is None else first
+            assert torch.equal(y, first)
+
+
+@on_cpu
+def test_inputs_of_other_layouts_and_none(operator):
+    dtype = torch.bfloat16
+    layer = Layer(op.FACTORS, 40, 30, 8, dtype)
+    x = inputs(dtype, 6, 80)
+    # Rows and columns apart; rows apart alone; at an address that is no multiple of 16 bytes.
+    for some in (x[::2, ::2], x[:3, :40], x[:3, 3:43]):
+        assert_within(bounds([layer], some, dtype), fused(some, [layer]), exact(some, [layer]))
+    assert fused(x[:2, :40].view(2, 1, 40), [layer]).shape == (2, 1, 30)
+    assert fused(x[:0, :40], [layer]).shape == (0, 30)
+    all_pivots = Layer(op.PIVOTED, 40, 8, 8, dtype)
+    x = x[:1, :40]
+    assert_within(bounds([all_pivots], x, dtype), fused(x, [all_pivots]), exact(x, [all_pivots]))
+    # Weights that are rows of something wider.
+    wide = Layer(op.FACTORS, 48, 30, 16, dtype)
+    tensors, spec = arguments([layer])
+    for width in (4, 8):
+        apart = [wide.tensors[0][:8, width : width + 40], *tensors[1:]]
+        y = cuda.forward(x, apart, spec, op.CONCATENATE)
+        assert torch.equal(y, cuda.forward(x, [apart[0].contiguous(), *tensors[1:]], spec, op.CONCATENATE))
+
+
+@on_cpu
+def test_what_the_kernels_do_not_take(operator):
+    layer = Layer(op.FACTORS, 40, 30, 8, torch.bfloat16)
+    x = inputs(torch.bfloat16, 17, 40)
+    tensors, spec = arguments([layer])
+    with pytest.raises(RuntimeError, match="more tokens"):
+        fused(x, [layer])
+    with pytest.raises(RuntimeError, match="more tokens, siblings"):
+        fused(x[:1], [layer] * 5)
+    with pytest.raises(RuntimeError, match="bfloat16 or float16"):
+        fused(x[:1].float(), [layer])
+    with pytest.raises(RuntimeError, match="ends too early"):
+        cuda.forward(x[:1], tensors, spec[:-1], op.CONCATENATE)
+    with pytest.raises(RuntimeError, match="1 tensors more"):
+        cuda.forward(x[:1], [*tensors, x], spec, op.CONCATENATE)
+    with pytest.raises(RuntimeError, match="tensor 1, a weight"):
+        cuda.forward(x[:1], [tensors[0], tensors[1].t(), *tensors[2:]], spec, op.CONCATENATE)
+    with pytest.raises(RuntimeError, match="make no problem"):
+        fused(x[:1], [layer], op.SWIGLU)
+    with pytest.raises(ValueError, match="launch must be one of"):
+        fused(x[:1], [layer], launch="fast")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_asked_for_by_name_where_they_cannot_run_they_say_so(dtype):
+    if torch.cuda.is_available() and cuda.missing is None:
+        pytest.skip("they can run here")
+    x, Vh, U = inputs(dtype, 1, 20), inputs(dtype, 5, 20), inputs(dtype, 12, 5)
+    told = "The CUDA kernels are (not )?built" if cuda.missing else "on a GPU, got"
+    with pytest.raises(RuntimeError, match=told):
+        lowrank_linear(x, Vh, U, backend="cuda")
+    with pytest.raises(RuntimeError, match=told):
+        pivot_linear(x, Vh, inputs(dtype, 7, 5), torch.randperm(12), backend="cuda")
+    assert lowrank_linear(x, Vh, U).shape == (1, 12)  # "auto" takes others
