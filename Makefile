@@ -37,11 +37,16 @@ docs: $(VENV)/with-docs
 bench: $(VENV)/with-test
 	$(BIN)/python -m bench.training_step $(ARGS)
 
-# Its tests, one shape a kernel under the memory checker where there is one, and what the kernels cost.
-gpu: $(VENV)/with-test
+# Its tests, one shape a kernel under the memory checker where there is one, and what the kernels cost; the CUDA C++
+# kernels too where there is nvcc.
+NVCC := $(shell command -v nvcc)
+gpu: $(VENV)/with-test $(if $(NVCC),$(VENV)/with-cuda)
 	$(BIN)/python -m pytest --numprocesses auto
 	$(if $(shell command -v compute-sanitizer),compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest \
 	  tests/test_fused_linear_triton.py tests/test_masked_svd_triton.py -k "siblings or gated or adapters_output",@echo "no compute-sanitizer here")
+	$(if $(and $(NVCC),$(shell command -v compute-sanitizer)),for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_fused_linear_cuda.py \
+	  -k "not cpu" || exit 1; done)
 	$(BIN)/python -m bench.kernels_gpu
 	$(BIN)/python -m bench.training_step --device cuda --dtype bfloat16 --layer-tokens 4096 $(ARGS)
 
@@ -62,6 +67,10 @@ $(VENV)/with-docs: pyproject.toml $(NATIVE) $(VENV)/with-torch
 
 $(VENV)/with-test: pyproject.toml $(NATIVE) $(VENV)/with-torch
 	$(EDITABLE) ".[test]"
+	touch $@
+
+$(VENV)/with-cuda: $(wildcard csrc/cuda/*) $(VENV)/with-test
+	ACIP_CUDA=1 $(EDITABLE) ".[test]"
 	touch $@
 
 clean:

@@ -27,8 +27,12 @@ using torch::stable::Tensor;
 
 #if defined(ACIP_SHIM)
 bool here(const Tensor& tensor) { return tensor.is_cpu(); }
+#define ACIP_NAMESPACE acip_cuda_shim
+#define ACIP_DEVICE CPU
 #else
 bool here(const Tensor& tensor) { return tensor.is_cuda(); }
+#define ACIP_NAMESPACE acip_cuda
+#define ACIP_DEVICE CUDA
 #endif
 
 void check(acip::cuda::Status status) {
@@ -184,14 +188,10 @@ Tensor fused_linear(const Tensor& x, const std::vector<Tensor>& tensors, const s
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(acip_cuda, m) {
+STABLE_TORCH_LIBRARY(ACIP_NAMESPACE, m) {
     m.def(
         "fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode, int launch=0, int splits=0, int slots=0) -> "
         "Tensor");
 }
 
-#if defined(ACIP_SHIM)
-STABLE_TORCH_LIBRARY_IMPL(acip_cuda, CPU, m) { m.impl("fused_linear", TORCH_BOX(&fused_linear)); }
-#else
-STABLE_TORCH_LIBRARY_IMPL(acip_cuda, CUDA, m) { m.impl("fused_linear", TORCH_BOX(&fused_linear)); }
-#endif
+STABLE_TORCH_LIBRARY_IMPL(ACIP_NAMESPACE, ACIP_DEVICE, m) { m.impl("fused_linear", TORCH_BOX(&fused_linear)); }

@@ -1,4 +1,5 @@
-"""The CUDA kernels through their torch binding against float64: both compiled for the CPU, under the execution shim."""
+"""The CUDA kernels through their torch binding against float64: on the CPU, both compiled for it, under the execution
+shim; and the same cases on a GPU, where there is one and the kernels are built for it."""
 
 import pathlib
 import subprocess
@@ -16,16 +17,11 @@ from acip_kernels.ops.pivot_linear.op import pivot_linear
 
 DTYPES = (torch.bfloat16, torch.float16)
 SHAPES = [(1, 1, 1), (33, 65, 17), (130, 37, 33), (200, 150, 97), (96, 64, 32)]
-on_cpu = pytest.mark.skipif(
-    COMPILER is None or not sys.platform.startswith("linux"),
-    reason="needs a C++ compiler, and fibers as Linux has them",
-)
+HAS_GPU = torch.cuda.is_available() and cuda.missing is None
 
 
-@pytest.fixture(scope="module")
-def operator(tmp_path_factory):
-    """Loads what `_cuda.so` would have, of the same sources, as operators for the CPU."""
-    folder = tmp_path_factory.mktemp("cuda")
+def load_shim(folder):
+    """What `_cuda.so` has, of the same sources, as an operator for the CPU."""
     torch_folder = pathlib.Path(torch.__file__).parent
     jobs = {
         "kernels": ["-std=c++17", "-Wno-unknown-pragmas", "-x", "c++", str(ROOT / "csrc/cuda/decode.cu")],
@@ -38,21 +34,52 @@ def operator(tmp_path_factory):
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run([COMPILER, "-shared", *objects, *libraries, "-o", f"{folder}/cuda.so"], check=True)
     torch.ops.load_library(f"{folder}/cuda.so")
+    return torch.ops.acip_cuda_shim
 
 
-def fused(x, layers, mode=op.CONCATENATE, **choices):
-    return cuda.forward(x, *arguments(layers), mode, **choices)
+class Fused:
+    """The operator on one device, of tensors on the CPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def forward(self, x, tensors, spec, mode=op.CONCATENATE, **choices):
+        # Strides and offsets stay what they are: a slice of what was moved, not a slice moved.
+        x, *tensors = (moved(tensor, self.device) for tensor in (x, *tensors))
+        return cuda.forward(x, tensors, spec, mode, **choices).cpu()
+
+    def __call__(self, x, layers, mode=op.CONCATENATE, **choices):
+        return self.forward(x, *arguments(layers), mode, **choices)
+
+
+def moved(tensor, device):
+    if device == "cpu":
+        return tensor
+    whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def fused(request, tmp_path_factory):
+    before = cuda.operators
+    if request.param == "cuda" and not HAS_GPU:
+        pytest.skip("needs a GPU, and the CUDA kernels built for it")
+    if request.param == "cpu":
+        if COMPILER is None or not sys.platform.startswith("linux"):
+            pytest.skip("needs a C++ compiler, and Linux for its fibers")
+        cuda.operators = load_shim(tmp_path_factory.mktemp("cuda"))
+    yield Fused(request.param)
+    cuda.operators = before
 
 
 def bounds(layers, x, dtype):
     return torch.cat([bound(layer, x, dtype) for layer in layers], -1)
 
 
-@on_cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
-def test_every_form_and_number_against_float64(operator, form, kind, dtype):
+def test_every_form_and_number_against_float64(fused, form, kind, dtype):
     for number, (in_, out, rank) in enumerate(SHAPES):
         layer = Layer(
             form, in_, out, rank, dtype, KINDS[kind], s=form == op.FACTORS and number % 2 == 0, bias=number % 3 != 1,
@@ -65,10 +92,9 @@ def test_every_form_and_number_against_float64(operator, form, kind, dtype):
             assert_within(bounds([layer], x, dtype), y, exact(x, [layer]), f"{in_} → {rank} → {out}, {tokens} tokens")
 
 
-@on_cpu
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_siblings_of_mixed_forms_and_unequal_ranks(operator, dtype, tokens):
+def test_siblings_of_mixed_forms_and_unequal_ranks(fused, dtype, tokens):
     layers = [
         Layer(op.FACTORS, 70, 90, 33, dtype, seed=1, s=True),
         Layer(op.PIVOTED, 70, 20, 1, dtype, op.INT4_ZEROS, seed=3),
@@ -84,12 +110,11 @@ def test_siblings_of_mixed_forms_and_unequal_ranks(operator, dtype, tokens):
         assert torch.equal(y, alone)  # to the bit: a row's sum is the same in any company
 
 
-@on_cpu
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(
     "forms", [(op.FACTORS,) * 3, (op.DENSE, op.FACTORS, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
 )
-def test_gated_mlp_and_swiglu(operator, forms, tokens):
+def test_gated_mlp_and_swiglu(fused, forms, tokens):
     dtype = torch.bfloat16
     gate, up, down = (
         Layer(forms[0], 40, 66, 21, dtype, seed=1),
@@ -110,9 +135,8 @@ def test_gated_mlp_and_swiglu(operator, forms, tokens):
     assert torch.equal(y, fused(x, [gate, up, down], op.GATED_MLP, launch="dependent"))
 
 
-@on_cpu
 @pytest.mark.parametrize("tokens", [1, 4])
-def test_choices_change_no_more_than_rounding_and_reruns_nothing(operator, tokens):
+def test_choices_change_no_more_than_rounding_and_reruns_nothing(fused, tokens):
     dtype = torch.float16
     layers = [Layer(op.FACTORS, 300, 70, 90, dtype, seed=1), Layer(op.FACTORS, 300, 40, 20, dtype, op.INT8, seed=2)]
     x = inputs(dtype, tokens, 300)
@@ -126,8 +150,7 @@ def test_choices_change_no_more_than_rounding_and_reruns_nothing(operator, token
             assert torch.equal(y, first)
 
 
-@on_cpu
-def test_inputs_of_other_layouts_and_none(operator):
+def test_inputs_of_other_layouts_and_none(fused):
     dtype = torch.bfloat16
     layer = Layer(op.FACTORS, 40, 30, 8, dtype)
     x = inputs(dtype, 6, 80)
@@ -144,12 +167,11 @@ def test_inputs_of_other_layouts_and_none(operator):
     tensors, spec = arguments([layer])
     for width in (4, 8):
         apart = [wide.tensors[0][:8, width : width + 40], *tensors[1:]]
-        y = cuda.forward(x, apart, spec, op.CONCATENATE)
-        assert torch.equal(y, cuda.forward(x, [apart[0].contiguous(), *tensors[1:]], spec, op.CONCATENATE))
+        y = fused.forward(x, apart, spec)
+        assert torch.equal(y, fused.forward(x, [apart[0].contiguous(), *tensors[1:]], spec))
 
 
-@on_cpu
-def test_what_the_kernels_do_not_take(operator):
+def test_what_the_kernels_do_not_take(fused):
     layer = Layer(op.FACTORS, 40, 30, 8, torch.bfloat16)
     x = inputs(torch.bfloat16, 17, 40)
     tensors, spec = arguments([layer])
@@ -160,11 +182,11 @@ def test_what_the_kernels_do_not_take(operator):
     with pytest.raises(RuntimeError, match="bfloat16 or float16"):
         fused(x[:1].float(), [layer])
     with pytest.raises(RuntimeError, match="ends too early"):
-        cuda.forward(x[:1], tensors, spec[:-1], op.CONCATENATE)
+        fused.forward(x[:1], tensors, spec[:-1])
     with pytest.raises(RuntimeError, match="1 tensors more"):
-        cuda.forward(x[:1], [*tensors, x], spec, op.CONCATENATE)
+        fused.forward(x[:1], [*tensors, x], spec)
     with pytest.raises(RuntimeError, match="tensor 1, a weight"):
-        cuda.forward(x[:1], [tensors[0], tensors[1].t(), *tensors[2:]], spec, op.CONCATENATE)
+        fused.forward(x[:1], [tensors[0], tensors[1].t(), *tensors[2:]], spec)
     with pytest.raises(RuntimeError, match="make no problem"):
         fused(x[:1], [layer], op.SWIGLU)
     with pytest.raises(ValueError, match="launch must be one of"):
@@ -173,7 +195,7 @@ def test_what_the_kernels_do_not_take(operator):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_asked_for_by_name_where_they_cannot_run_they_say_so(dtype):
-    if torch.cuda.is_available() and cuda.missing is None:
+    if HAS_GPU:
         pytest.skip("they can run here")
     x, Vh, U = inputs(dtype, 1, 20), inputs(dtype, 5, 20), inputs(dtype, 12, 5)
     told = "The CUDA kernels are (not )?built" if cuda.missing else "on a GPU, got"

@@ -33,6 +33,7 @@ constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;
 constexpr int kMostSlots = 16;
+constexpr int kMostSplits = 16;
 constexpr int kMostStages = 5;
 constexpr int kMostProducts = 4 * kMostSiblings;
 // Bytes from one row of a slot to the next: rows that lanes read together are in different banks.
@@ -74,15 +75,15 @@ struct Product {
     int y_stride;
     const void* bias;
     const int32_t* place;
-    // How the stage is shared out: this many tasks of equal cost, in bytes.
+    // How the stage is shared out: this many tasks of equal cost, in units of 64 bytes; 2^32 over what is divided by.
     int tasks;
-    int64_t cost;
+    uint32_t cost, inverse_cost, inverse_splits;
 };
 
 struct Stage {
     int first, count;  // products
     int parts;         // 2: each task is one of the first product and then the same of the next
-    int64_t cost;
+    uint32_t cost, share;  // of all tasks, of one block
 };
 
 struct Job {
@@ -95,16 +96,17 @@ struct Job {
 
 // ---- what a block has to do
 
-// The first task of the stage that belongs to `block` or one behind it.
-__device__ __forceinline__ int first_task(const Job& job, int stage, int block, int blocks) {
+// The first task of the stage that belongs to `block` or one behind it: its position over a task's cost, rounded up.
+// (Where positions are large the quotient may come out one too small: the same for both blocks of a boundary.)
+__device__ __forceinline__ int first_task(const Job& job, int stage, int block) {
     const Stage& s = job.stages[stage];
-    int64_t position = s.cost * block / blocks, start = 0;
+    uint32_t position = s.share * block;
     int task = 0;
     for (int i = 0; i < s.count; ++i) {
         const Product& p = job.products[s.first + i];
-        int64_t whole = p.tasks * p.cost;
-        if (position < start + whole) return task + int((position - start + p.cost - 1) / p.cost);
-        start += whole, task += p.tasks;
+        const uint32_t whole = p.tasks * p.cost;
+        if (position < whole) return task + (position ? min(p.tasks, int(__umulhi(position, p.inverse_cost)) + 1) : 0);
+        position -= whole, task += p.tasks;
     }
     return task;
 }
@@ -116,8 +118,9 @@ struct Task {
 __device__ __forceinline__ Task task_of(const Job& job, int stage, int task, int part) {
     int product = job.stages[stage].first;
     while (task >= job.products[product].tasks) task -= job.products[product++].tasks;
-    const int splits = job.products[product].splits, tile = task / splits;
-    return {product + part, tile * kRows, task - tile * splits};
+    const Product& p = job.products[product];
+    const int tile = p.splits == 1 ? task : int(__umulhi(task, p.inverse_splits));
+    return {product + part, tile * kRows, task - tile * p.splits};
 }
 
 // A warp's chunks, one after the other.
@@ -134,8 +137,8 @@ struct Walk {
                 part = 0, ++task;
                 while (task >= end) {
                     if (++stage >= job.end) return stage = job.end - 1, false;
-                    task = first_task(job, stage, blockIdx.x, gridDim.x);
-                    end = first_task(job, stage, blockIdx.x + 1, gridDim.x);
+                    task = first_task(job, stage, blockIdx.x);
+                    end = first_task(job, stage, blockIdx.x + 1);
                 }
             }
             const Task at = task_of(job, stage, task, part);
@@ -223,13 +226,13 @@ __device__ __forceinline__ void fill(const Job& job, const Walk& walk, unsigned 
 // Columns k to k + 7 of a row of activations, zeros from `cols` on.
 __device__ __forceinline__ uint4 read_8(const unsigned char* row, int k, int cols, bool wide) {
     if (wide && k + 8 <= cols) return read_global<uint4>(row + 2 * k);
-    uint32_t words[4] = {0, 0, 0, 0};
-    if (k < cols) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            if (k + i < cols) words[i / 2] |= uint32_t(read_global<uint16_t>(row + 2 * (k + i))) << 16 * (i % 2);
+    uint4 words = {0, 0, 0, 0};
+#pragma unroll 1
+    for (int i = min(8, cols - k) - 1; i >= 0; --i) {  // the last first: each moves those behind it up
+        words.w = words.w << 16 | words.z >> 16, words.z = words.z << 16 | words.y >> 16;
+        words.y = words.y << 16 | words.x >> 16, words.x = words.x << 16 | read_global<uint16_t>(row + 2 * (k + i));
     }
-    return {words[0], words[1], words[2], words[3]};
+    return words;
 }
 
 __device__ __forceinline__ int input_pitch(const Product& p) { return (2 << p.chunk_shift) + 64; }
@@ -479,9 +482,9 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
     int made_of = -1;
     for (int stage = job.begin; stage < job.end; ++stage) {
         if (stage > job.begin) sync_grid();
-        const int end = first_task(job, stage, blockIdx.x + 1, gridDim.x), parts = job.stages[stage].parts;
+        const int end = first_task(job, stage, blockIdx.x + 1), parts = job.stages[stage].parts;
         float kept = 0;
-        for (int task = first_task(job, stage, blockIdx.x, gridDim.x); task < end; ++task)
+        for (int task = first_task(job, stage, blockIdx.x); task < end; ++task)
             for (int part = 0; part < parts; ++part) {
                 const Task at = task_of(job, stage, task, part);
                 const Product& p = job.products[at.product];
@@ -572,7 +575,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                     continue;
                 }
                 if (p.to == To::multiply)
-                    value = kept / (1.0f + exponential(-kept)) * to_float(X{}, round(X{}, value));
+                    value = quotient(kept, 1.0f + exponential(-kept)) * to_float(X{}, round(X{}, value));
                 write_global(p.y + token * p.y_stride + 2 * to, round(X{}, value));
             }
     }
@@ -619,7 +622,9 @@ Product product_of(const Matrix& m) {
 }
 
 void set_splits(Product& p, int splits) {
+    splits = splits < kMostSplits ? splits : kMostSplits;
     p.span = int(ceil_divide(p.chunks, splits)), p.splits = int(ceil_divide(p.chunks, p.span));
+    p.inverse_splits = uint32_t((uint64_t(1) << 32) / p.splits + 1);
 }
 
 // Into how many parts to cut the columns of first factors: bytes of the block that reads most, and what all blocks then
@@ -627,7 +632,7 @@ void set_splits(Product& p, int splits) {
 int choose_splits(const Product* products, int count, int blocks, int64_t tokens) {
     int best = 1;
     double least = 0;
-    for (int splits = 1; splits <= 16; ++splits) {
+    for (int splits = 1; splits <= kMostSplits; ++splits) {
         int64_t tasks = 0, bytes = 0, ranks = 0, chunks = products[0].chunks;
         for (int i = 0; i < count; ++i) {
             tasks += ceil_divide(products[i].rows, kRows) * splits;
@@ -657,7 +662,7 @@ struct Builder {
         return at;
     }
     int open_stage() {
-        job.stages[stages] = {products, 0, 1, 0};
+        job.stages[stages] = {products, 0, 1, 0, 0};
         return stages++;
     }
     Product& add(const Product& p) {
@@ -717,10 +722,14 @@ struct Builder {
             Product& p = job.products[s.first + i];
             p.tasks = int(ceil_divide(p.rows, kRows) * p.splits);
             // What a task takes besides its weights, about: its sums, and the barrier behind them.
-            p.cost = int64_t(kRows) * p.row_bytes / p.splits + 1024;
+            p.cost = uint32_t(kRows * p.row_bytes / p.splits / 64 + 16);
         }
         if (s.parts == 2) s.count = 1, job.products[s.first].cost += job.products[s.first + 1].cost;
-        for (int i = 0; i < s.count; ++i) s.cost += job.products[s.first + i].tasks * job.products[s.first + i].cost;
+        for (int i = 0; i < s.count; ++i) {
+            Product& p = job.products[s.first + i];
+            p.inverse_cost = 0xffffffffu / p.cost;  // below 2^32 / cost, so that multiples of it come out one too small
+            s.cost += p.tasks * p.cost;
+        }
     }
 };
 
@@ -753,7 +762,12 @@ Status check(const Problem& problem, const Device& device, const Choices& choice
     }
     if (problem.mode != Mode::concatenate && outputs_of(problem.layers[0]) != outputs_of(problem.layers[1]))
         return Status::invalid;
-    // Activations and sums are addressed with 32 bits.
+    // Activations and sums are addressed with 32 bits, and work is shared out so: this is up to 32 GiB of weights.
+    int64_t elements = 0;
+    for (int i = 0; i < problem.count; ++i)
+        for (const Matrix* m : {&problem.layers[i].first, &problem.layers[i].second})
+            if (m == &problem.layers[i].first || problem.layers[i].form != Form::dense) elements += m->rows * m->cols;
+    if (elements > int64_t(1) << 34) return Status::unsupported;
     constexpr int64_t kMost = int64_t(1) << 26;
     if (problem.x_stride > kMost || problem.y_stride > kMost || problem.x_stride < 0 || problem.y_stride < 0)
         return Status::unsupported;
@@ -833,9 +847,11 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
         for (int j = 0; j < made.stages[i].count; ++j) tasks += made.products[made.stages[i].first + j].tasks;
         if (tasks > most_tasks) most_tasks = tasks;
     }
-    *job = made;
     schedule->stages = builder.stages;
     schedule->blocks = int(most_tasks < device.multiprocessors ? most_tasks : device.multiprocessors);
+    for (int i = 0; i < builder.stages; ++i)
+        made.stages[i].share = uint32_t(ceil_divide(made.stages[i].cost, schedule->blocks));
+    *job = made;
     schedule->splits = made.products[0].splits;
     schedule->workspace_bytes = builder.used;
     return Status::ok;

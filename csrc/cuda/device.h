@@ -45,6 +45,7 @@ __device__ __forceinline__ uint32_t subtract(F16, uint32_t a, uint32_t b) {
     return a;
 }
 __device__ __forceinline__ float exponential(float x) { return __expf(x); }
+__device__ __forceinline__ float quotient(float a, float b) { return __fdividef(a, b); }
 
 // c += a b on tensor cores: mma.m16n8k16, fragments as the PTX manual lays them out.
 __device__ __forceinline__ void mma(Bf16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -514,6 +514,7 @@ struct float4 {
 };
 
 inline int min(int a, int b) { return a < b ? a : b; }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 inline void __syncthreads() {
     shim::Block& block = *shim::current->block;
@@ -587,6 +588,7 @@ uint32_t subtract(X, uint32_t a, uint32_t b) {
     return low | high << 16;
 }
 inline float exponential(float x) { return std::exp(x); }
+inline float quotient(float a, float b) { return a / b; }
 
 inline unsigned char* shared_memory() {
     return reinterpret_cast<unsigned char*>(shim::current->block->shared.get());

@@ -13,6 +13,7 @@ from torch import Tensor
 MOST_TOKENS = 16
 LIBRARY = pathlib.Path(__file__).parent.parent.parent / "_cuda.so"
 
+operators = torch.ops.acip_cuda
 # Why there are no CUDA kernels; None where there are. They are loaded on a machine without a GPU too.
 missing: str | None = None
 if not LIBRARY.exists():
@@ -48,5 +49,5 @@ def forward(
         raise ValueError(f"fused_linear: launch must be one of {', '.join(launches)}, got {launch!r}")
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(-1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
-    y = torch.ops.acip_cuda.fused_linear(rows, tensors, spec, mode, launches.index(launch), splits, slots)
+    y = operators.fused_linear(rows, tensors, spec, mode, launches.index(launch), splits, slots)
     return y.view(*x.shape[:-1], y.shape[-1])
