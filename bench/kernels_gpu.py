@@ -6,7 +6,8 @@ The layers of Llama-3.1-8B and Qwen2.5-7B, alone and in the groups that they are
   `torch.compile(mode="max-autotune-no-cudagraphs")`, where `--compiled` asks for it;
 - "two F.linear": the factors as one writes them in PyTorch, siblings one after the other;
 - "factors", "pivoted", "int8", "int4": our Triton kernels, of the same stored size ratio in two or four, one or half a
-  byte.
+  byte; "…, CUDA" and "…, CUDA, dependent": the CUDA C++ kernels in one launch, and in one for each stage, where they
+  are built.
 
 For many tokens, where torch's products are taken, the training step of a masked layer: forward and backward of
 `masked_svd_linear`, Triton's backend against torch's products with fused passes between them ("composition").
@@ -33,7 +34,7 @@ import typer
 from torch import Tensor
 
 from acip_kernels import files, report
-from acip_kernels.ops.fused_linear import measured, op
+from acip_kernels.ops.fused_linear import cuda, measured, op
 from acip_kernels.ops.masked_svd_linear.op import masked_svd_linear
 from acip_kernels.ops.quantize import Quantized, quantize
 from acip_kernels.ops.timing import CACHES, MOST_COPIES, Timer
@@ -45,6 +46,7 @@ from .training_step import ROOT, markdown
 FEW, MANY = (1, 4, 16), (512, 4096)
 RATIOS = (0.8, 0.5, 0.25)
 FORMATS = ("factors", "pivoted", "int8", "int4")
+CUDA_LAUNCHES = {"CUDA": "cooperative", "CUDA, dependent": "dependent"}
 RANK_MULTIPLE = 64
 MODES = {"silu": op.SWIGLU, "mlp": op.GATED_MLP, "": op.CONCATENATE}
 
@@ -151,11 +153,11 @@ def dense(x: Tensor, joined: Tensor, last: Tensor | None, activation: str) -> Te
     return y if last is None else F.linear(y, last)
 
 
-def kernels(x: Tensor, tensors: list[Tensor], spec: list[int], mode: int) -> Tensor:
-    """Our kernels, wherever `x` is: on a CPU in Triton's interpreter."""
+def kernels(x: Tensor, tensors: list[Tensor], spec: list[int], mode: int, launch: str | None = None) -> Tensor:
+    """Our Triton kernels, wherever `x` is: on a CPU in Triton's interpreter. With `launch`, the CUDA C++ ones."""
     from acip_kernels.ops.fused_linear import triton
 
-    return triton.forward(x, tensors, spec, mode)
+    return cuda.forward(x, tensors, spec, mode, launch=launch) if launch else triton.forward(x, tensors, spec, mode)
 
 
 def variants(problem: Problem, device, dtype, cache: int, compiled: bool) -> list[Variant]:
@@ -183,10 +185,10 @@ def variants(problem: Problem, device, dtype, cache: int, compiled: bool) -> lis
             weights.append((weight(rank, in_, device, dtype), weight(out, rank, device, dtype)))
         return (lambda: apart(x, weights, problem.activation)), [t for pair in weights for t in pair]
 
-    def make_ours(kind: str):
+    def make_ours(kind: str, launch: str | None = None):
         made = [deployed(out, in_, problem.ratio, kind, device, dtype) for out, in_ in problem.members]
         tensors, spec = [t for some, _ in made for t in some], [n for _, some in made for n in some]
-        return (lambda: kernels(x, tensors, spec, MODES[problem.activation])), tensors
+        return (lambda: kernels(x, tensors, spec, MODES[problem.activation], launch)), tensors
 
     add("dense", make_dense)
     if compiled:
@@ -194,6 +196,9 @@ def variants(problem: Problem, device, dtype, cache: int, compiled: bool) -> lis
     add("two F.linear", make_apart)
     for kind in FORMATS:
         add(kind, lambda kind=kind: make_ours(kind))
+        if cuda.missing is None and x.is_cuda:
+            for name, launch in CUDA_LAUNCHES.items():
+                add(f"{kind}, {name}", lambda kind=kind, launch=launch: make_ours(kind, launch))
     return found
 
 
@@ -275,6 +280,14 @@ def targets(rows: list[dict]) -> list[dict]:
     wide = [row for row in few if row["variant"] == "factors" and row["group"] != "MLP"]
     training = [row for row in rows if row["kind"] == "training" and row["variant"] == "Triton"]
 
+    def in_cuda(kind: str, group: str, key: str) -> list[float]:
+        # The best of its two ways, as a plan by measurement would take it.
+        groups: dict[str, list[float]] = {}
+        for row in few:
+            if row["group"] == group and row["variant"] in [f"{kind}, {name}" for name in CUDA_LAUNCHES]:
+                groups.setdefault(row["model"], []).append(row[key])
+        return [(min if key == "to_floor" else max)(values) for values in groups.values()]
+
     def one(about: str, values: list[float], least: float | None = None, most: float | None = None) -> dict:
         found = None if not values else min(values) if least is not None else max(values)
         met = None if found is None else found >= least if least is not None else found <= most
@@ -289,6 +302,14 @@ def targets(rows: list[dict]) -> list[dict]:
             [row["to_dense"] for row in few if row["variant"] == "int4" and row["group"] == "MLP"],
             least=3.0,
         ),
+        one(
+            "CUDA C++, one token, half the size: gate/up, time over the floor",
+            in_cuda("factors", "gate/up", "to_floor"),
+            most=1.15,
+        ),
+        one("… o, time over the floor", in_cuda("factors", "o", "to_floor"), most=1.3),
+        one("… whole MLP, speed over dense", in_cuda("factors", "MLP", "to_dense"), least=1.8),
+        one("… int4 MLP, speed over dense in bfloat16", in_cuda("int4", "MLP", "to_dense"), least=5.0),
         one(
             "masked step, 4096 tokens: over the plain composition",
             [row["to_composition"] for row in training if row["tokens"] == 4096],

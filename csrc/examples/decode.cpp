@@ -1,7 +1,8 @@
 // The CUDA kernels in a program without torch: one low-rank layer, y = ((x Vhᵀ) ⊙ s) Uᵀ, for one token in bfloat16.
 //
-//   nvcc -std=c++17 -O3 -I csrc/include -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
-//       csrc/cuda/decode.cu csrc/examples/decode.cpp -o decode && ./decode
+//   nvcc -std=c++17 -O3 -I csrc/include -arch=native csrc/cuda/decode.cu csrc/examples/decode.cpp -o decode && ./decode
+//
+// (Or, to compile where there is no GPU, -gencode arch=compute_90a,code=sm_90a in place of -arch=native.)
 #include <cuda_runtime.h>
 
 #include <cmath>
