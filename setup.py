@@ -43,14 +43,13 @@ def without(reason):
     return {}
 
 
-def cuda_home():
-    """Where CUDA is, by CUDA_HOME or by nvcc in the PATH; None if nowhere. A torch for CPUs does not look itself."""
+def find_nvcc():
+    """nvcc of CUDA_HOME, or in the PATH; None if there is none. A torch for CPUs does not look for it itself."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = pathlib.Path(home, "bin", "nvcc") if home else shutil.which("nvcc")
-    return pathlib.Path(nvcc).resolve().parent.parent if nvcc and os.path.exists(nvcc) else None
+    return shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
 
 
-def link_cuda(home, kernels, folder, target):
+def link_cuda(nvcc, kernels, folder, target):
     """`kernels`, an object, and their operators, compiled into `folder`, as the shared library `target`."""
     import torch
 
@@ -59,31 +58,24 @@ def link_cuda(home, kernels, folder, target):
     flags = ["-O2", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
     flags += [f"-I{ROOT / 'csrc/include'}", "-isystem", torch_folder / "include"]
     subprocess.run([compiler, *flags, "-c", ROOT / "csrc/cuda_bindings.cpp", "-o", bindings], check=True)
-    # CUDA's runtime is linked in; torch is the one that is loaded.
-    libraries = [
-        f"-L{torch_folder / 'lib'}",
-        "-ltorch",
-        "-ltorch_cpu",
-        "-lc10",
-        f"-L{home / 'lib64'}",
-        f"-L{home / 'lib'}",
-    ]
-    libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    subprocess.run([compiler, "-shared", kernels, bindings, *libraries, "-o", target], check=True)
+    # CUDA's runtime is linked in, from wherever nvcc has it; torch is the one that is loaded.
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    command = [nvcc, "-shared", "-cudart", "static", kernels, bindings, *libraries, "-o", target]
+    subprocess.run(command, check=True)
 
 
 def build_cuda(folder, target):
     """The CUDA kernels and their operators as the shared library `target`, by way of objects in `folder`."""
-    home = cuda_home()
-    if home is None:
+    nvcc = find_nvcc()
+    if nvcc is None:
         raise RuntimeError("ACIP_CUDA is set, but there is no nvcc in the PATH nor under CUDA_HOME")
     for path in (folder, os.path.dirname(target)):
         os.makedirs(path, exist_ok=True)
     kernels = f"{folder}/cuda_decode.o"
     targets = [flag for one in CUDA_TARGETS for flag in ("-gencode", one)]
     source = ROOT / "csrc/cuda/decode.cu"
-    subprocess.run([home / "bin/nvcc", *NVCC_FLAGS, *targets, "-c", source, "-o", kernels], check=True)
-    link_cuda(home, kernels, folder, target)
+    subprocess.run([nvcc, *NVCC_FLAGS, *targets, "-c", source, "-o", kernels], check=True)
+    link_cuda(nvcc, kernels, folder, target)
 
 
 def extension():

@@ -43,8 +43,8 @@ constexpr int kSumPitch = kRows + 4;
 
 // Where an output's value comes from, if not from weights: sums of splits; or a gate's and an up-projection's outputs.
 enum class From : int { weights, pivots, gate_and_up };
-// Where it goes: to the sums of a split; to y; it is kept; or it is multiplied with what was kept, and goes to y.
-enum class To : int { partial, y, keep, multiply };
+// Where it goes: to the sums of a split; to y; or it is multiplied with silu of the gate, which is in its place in y.
+enum class To : int { partial, y, multiply };
 
 struct Product {
     // The weight, [rows, cols].
@@ -82,7 +82,7 @@ struct Product {
 
 struct Stage {
     int first, count;  // products
-    int parts;         // 2: each task is one of the first product and then the same of the next
+    int parts;         // 2: a block has tasks of the first product, and then the same of the next
     uint32_t cost, share;  // of all tasks, of one block
 };
 
@@ -133,13 +133,15 @@ struct Walk {
     // From the chunk behind the last one to one that there is, or false behind them all.
     __device__ __forceinline__ bool settle(const Job& job, int warp) {
         while (chunk >= chunk_end) {
-            if (stage < job.begin || ++part == job.stages[stage].parts) {
-                part = 0, ++task;
-                while (task >= end) {
-                    if (++stage >= job.end) return stage = job.end - 1, false;
-                    task = first_task(job, stage, blockIdx.x);
-                    end = first_task(job, stage, blockIdx.x + 1);
+            if (++task >= end) {
+                if (stage < job.begin || ++part == job.stages[stage].parts) {
+                    part = 0;
+                    do {
+                        if (++stage >= job.end) return false;
+                        end = first_task(job, stage, blockIdx.x + 1);
+                    } while (first_task(job, stage, blockIdx.x) >= end);
                 }
+                task = first_task(job, stage, blockIdx.x);
             }
             const Task at = task_of(job, stage, task, part);
             const Product& p = job.products[at.product];
@@ -483,9 +485,8 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
     for (int stage = job.begin; stage < job.end; ++stage) {
         if (stage > job.begin) sync_grid();
         const int end = first_task(job, stage, blockIdx.x + 1), parts = job.stages[stage].parts;
-        float kept = 0;
-        for (int task = first_task(job, stage, blockIdx.x); task < end; ++task)
-            for (int part = 0; part < parts; ++part) {
+        for (int part = 0; part < parts; ++part)
+            for (int task = first_task(job, stage, blockIdx.x); task < end; ++task) {
                 const Task at = task_of(job, stage, task, part);
                 const Product& p = job.products[at.product];
                 // One output of a thread; what it needs besides the sum is asked for first.
@@ -536,7 +537,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                         }
                 }
 
-                float value = 0;
+                float value = 0, gate = 0;
                 if (p.from == From::weights) {
                     // Of two buffers in turn: whoever writes one again has been at a barrier behind its readers.
                     float* mine = sums + (turn * kWarps + warp) * kTokens * kSumPitch;
@@ -559,9 +560,9 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                 } else if (live && p.from == From::pivots) {
                     value = to_float(X{}, round(X{}, sum_of_splits(p, tokens, token, row)));
                 } else if (live) {
-                    const unsigned char* gate = p.x + token * p.x_stride + 2 * row;
-                    kept = to_float(X{}, read_global<uint16_t>(gate));
-                    value = to_float(X{}, read_global<uint16_t>(gate + 2 * p.rows));
+                    const unsigned char* both = p.x + token * p.x_stride + 2 * row;
+                    gate = to_float(X{}, read_global<uint16_t>(both));
+                    value = to_float(X{}, read_global<uint16_t>(both + 2 * p.rows));
                 }
                 if (!live) continue;
                 value *= scale;
@@ -570,13 +571,13 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                     continue;
                 }
                 value += bias;
-                if (p.to == To::keep) {
-                    kept = to_float(X{}, round(X{}, value));
-                    continue;
+                unsigned char* y = p.y + token * p.y_stride + 2 * to;
+                if (p.to == To::multiply) {
+                    // The gate is this same thread's own.
+                    if (p.from == From::weights) gate = to_float(X{}, read_global<uint16_t>(y));
+                    value = quotient(gate, 1.0f + exponential(-gate)) * to_float(X{}, round(X{}, value));
                 }
-                if (p.to == To::multiply)
-                    value = quotient(kept, 1.0f + exponential(-kept)) * to_float(X{}, round(X{}, value));
-                write_global(p.y + token * p.y_stride + 2 * to, round(X{}, value));
+                write_global(y, round(X{}, value));
             }
     }
 }
@@ -805,7 +806,7 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
         if (layers[0].form != Form::pivoted && layers[1].form != Form::pivoted) {
             for (int i = 0; i < 2; ++i)
                 builder.expand(layers[i], inputs[i], problem.x, problem.x_stride, product, stride,
-                               i ? To::multiply : To::keep);
+                               i ? To::multiply : To::y);
             builder.job.stages[stage].parts = 2;
             builder.finish_stage(stage);
         } else {  // whose outputs lie apart: both first, and one more stage
@@ -949,8 +950,8 @@ Status decode(const Problem& problem, const Device& device, void* workspace, siz
         if (done == Launched::yes) return Status::ok;
         if (done == Launched::failed || choices.launch == Launch::cooperative) return Status::failed;
     }
-    // Half of the memory for each launch, so that the next one's blocks find room while this one's still run.
-    job.slots = slots_in(job, choices, device.shared_bytes / 2);
+    // Half of the memory for each launch where they overlap: the next one's blocks find room while this one's still run.
+    job.slots = slots_in(job, choices, device.shared_bytes / (device.dependent ? 2 : 1));
     if (!job.slots) job.slots = slots_in(job, choices, device.shared_bytes);
     if (!job.slots) return Status::unsupported;
     for (int stage = 0; stage < plan.stages; ++stage) {
