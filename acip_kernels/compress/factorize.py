@@ -83,14 +83,16 @@ def factorize(
 
     places = _places(model)
     generator = {}
-    for name, factors in _decompositions(names, decomposition, division, progress):
+    for name, (U, S, Vh) in _decompositions(names, decomposition, division, progress):
         layer = layers[name]
         where = weight_of(layer).device
         if where not in generator:
             generator[where] = torch.Generator(where).manual_seed(seed)
         bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
         new = SVDLinear(
-            *factors,
+            U,
+            S,
+            Vh,
             bias,
             mask_scale=mask_scale,
             adapter_rank=adapter_rank,

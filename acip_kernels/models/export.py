@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ def to_plain(model: nn.Module, form: str = "factors") -> nn.Module:
     return _replaced(model, replace)
 
 
-def save_factors(model: nn.Module, path: str | os.PathLike, *, tokenizer=None, overwrite: bool = False) -> None:
+def save_factors(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = None, overwrite: bool = False) -> None:
     """Write `to_plain(model, "factors")` to a directory that stock PyTorch, safetensors and transformers load.
 
     The weights are in factors.safetensors, where `from_pretrained` does not look: it has no layers for them, and would
@@ -171,7 +172,7 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
         return torch.export.export(plain, (tokens, torch.ones_like(tokens)), dynamic_shapes=shapes)
 
 
-def export_onnx(model: nn.Module, path: str | os.PathLike, *, tokenizer=None, overwrite: bool = False) -> None:
+def export_onnx(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = None, overwrite: bool = False) -> None:
     """Write `export_program(model)` as ONNX to a directory: model.onnx, and its weights in model.onnx.data.
 
     Inputs `input_ids` and `attention_mask`, int64 `[batch, sequence]`; output `logits`. Weights and logits keep the

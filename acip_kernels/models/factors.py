@@ -7,6 +7,7 @@ import copy
 import os
 import pathlib
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +29,11 @@ NAMES = {
 @torch.no_grad()
 def import_factors(
     source: str | os.PathLike | dict[str, Tensor],
-    base_model,
+    base_model: Any,
     names: str | dict[str, str] = "auto",
     *,
     dtype: torch.dtype | str = "auto",
-    device_map=None,
+    device_map: Any = None,
 ) -> nn.Module:
     """A model whose layers somebody has replaced by two projections, `y = U (Vh x) + b`, with `LowRankLinear` there.
 

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,10 @@ def _object(fields: dict, *path: str) -> dict:
 @torch.no_grad()
 def import_checkpoint(
     path: str | os.PathLike,
-    base_model=None,
+    base_model: Any = None,
     *,
     dtype: torch.dtype | str = "auto",
-    device_map=None,
+    device_map: Any = None,
     svd_cache: str | os.PathLike | None = None,
 ) -> CompressionResult:
     """A published ACIP checkpoint, with its scores and adapters, as if this package had made it.

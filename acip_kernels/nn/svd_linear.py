@@ -297,7 +297,7 @@ class SVDLinear(nn.Module):
             self.U, self.Vh = self.factors(device)
             self.sharded = None
 
-    def factors(self, device="cpu") -> tuple[Tensor, Tensor]:
+    def factors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """`U` and `Vh`; of a sharded layer copies on `device`, which all processes have to ask for together."""
         if self.sharded is None:
             return self.U, self.Vh
