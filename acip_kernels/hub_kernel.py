@@ -29,6 +29,7 @@ VERSION = 0
 BACKENDS = ("cpu", "cuda", "rocm")
 
 _ROOT = pathlib.Path(__file__).parent
+_BESIDE = ("files.py", "plan.py", "version.py")  # what `ops` and `nn` need of the rest
 _LEFT_OUT = ("ops/aot.py",)  # compiles ahead of time, for tests
 
 _INIT = '''"""Low-rank linear layers: fused products, masked singular-value gradients, and their modules."""
@@ -76,7 +77,7 @@ and `layers` for `kernelize`. In Triton and PyTorch; needs torch 2.13, Python 3.
 
 def sources() -> dict[str, str]:
     """`{path in a build variant: text}` of every Python file, its operators still in the package's namespace."""
-    found = {"__init__.py": _INIT, "plan.py": (_ROOT / "plan.py").read_text("utf-8")}
+    found = {"__init__.py": _INIT} | {name: (_ROOT / name).read_text("utf-8") for name in _BESIDE}
     for folder in ("ops", "nn"):
         for file in sorted((_ROOT / folder).rglob("*.py")):
             name = file.relative_to(_ROOT).as_posix()
