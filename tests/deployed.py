@@ -4,7 +4,7 @@ import itertools
 
 import operators
 import torch
-from operators import error_bound
+from operators import assert_within, error_bound
 
 from acip_kernels.ops.fused_linear import op, reference
 
@@ -98,3 +98,32 @@ def inputs(dtype, tokens, in_, seed=1):
 def bound(layer, x, dtype, roundings=3):
     # z, its product with the bias's sum and the output are rounded; scales, s and the lanes' sums besides the terms.
     return error_bound(dtype, layer.magnitude(x), roundings=roundings, sums=layer.terms + 40)
+
+
+def bounds(layers, x, dtype, roundings=3):
+    return torch.cat([bound(layer, x, dtype, roundings) for layer in layers], -1)
+
+
+MLP_FORMS = [(op.FACTORS,) * 3, (op.DENSE, op.FACTORS, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
+
+
+def check_gated_mlp(fused, forms, dtype, tokens, roundings=3):
+    """SwiGLU and a whole gated MLP by `fused(x, layers, mode)` against float64; returns the last call's arguments."""
+    gate, up, down = (
+        Layer(forms[0], 40, 66, 21, dtype, seed=1),
+        Layer(forms[1], 40, 66, 35, dtype, op.INT8, seed=2),
+        Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3),
+    )
+    x = inputs(dtype, tokens, 40) / 8
+    g, u = exact(x, [gate]), exact(x, [up])
+    dg, du = bounds([gate], x, dtype, roundings), bounds([up], x, dtype, roundings)
+    # silu's slope is at most 1.1 and |silu(g)| at most |g|.
+    eps, small = 2 * torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    act = torch.nn.functional.silu(g) * u
+    act_bound = 1.1 * dg * (u.abs() + du) + g.abs() * du + (eps + 20 * small) * (g.abs() + dg) * (u.abs() + du)
+    assert_within(act_bound, fused(x, [gate, up], op.SWIGLU), exact(x, [gate, up], op.SWIGLU))
+    arguments = x, [gate, up, down], op.GATED_MLP
+    through = Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3, bias=False).magnitude(act_bound)
+    last = bound(down, act.abs() + act_bound, dtype, roundings)
+    assert_within(through + last, fused(*arguments), exact(*arguments))
+    return arguments

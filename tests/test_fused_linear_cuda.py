@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from deployed import KINDS, Layer, arguments, bound, exact, inputs
+from deployed import KINDS, MLP_FORMS, Layer, arguments, bounds, check_gated_mlp, exact, inputs
 from operators import assert_within
 from test_gpu_shim import COMPILER, FLAGS, ROOT
 
@@ -72,10 +72,6 @@ def fused(request, tmp_path_factory):
     cuda.operators = before
 
 
-def bounds(layers, x, dtype):
-    return torch.cat([bound(layer, x, dtype) for layer in layers], -1)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
@@ -111,28 +107,10 @@ def test_siblings_of_mixed_forms_and_unequal_ranks(fused, dtype, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize(
-    "forms", [(op.FACTORS,) * 3, (op.DENSE, op.FACTORS, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
-)
+@pytest.mark.parametrize("forms", MLP_FORMS)
 def test_gated_mlp_and_swiglu(fused, forms, tokens):
-    dtype = torch.bfloat16
-    gate, up, down = (
-        Layer(forms[0], 40, 66, 21, dtype, seed=1),
-        Layer(forms[1], 40, 66, 35, dtype, op.INT8, seed=2),
-        Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3),
-    )
-    x = inputs(dtype, tokens, 40) / 8
-    g, u = exact(x, [gate]), exact(x, [up])
-    dg, du = bounds([gate], x, dtype), bounds([up], x, dtype)
-    # silu's slope is at most 1.1 and |silu(g)| at most |g|.
-    eps, small = 2 * torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    act = torch.nn.functional.silu(g) * u
-    act_bound = 1.1 * dg * (u.abs() + du) + g.abs() * du + (eps + 20 * small) * (g.abs() + dg) * (u.abs() + du)
-    assert_within(act_bound, fused(x, [gate, up], op.SWIGLU), exact(x, [gate, up], op.SWIGLU))
-    y, want = fused(x, [gate, up, down], op.GATED_MLP), exact(x, [gate, up, down], op.GATED_MLP)
-    through = Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3, bias=False).magnitude(act_bound)
-    assert_within(through + bound(down, act.abs() + act_bound, dtype), y, want)
-    assert torch.equal(y, fused(x, [gate, up, down], op.GATED_MLP, launch="dependent"))
+    arguments = check_gated_mlp(fused, forms, torch.bfloat16, tokens)
+    assert torch.equal(fused(*arguments), fused(*arguments, launch="dependent"))
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

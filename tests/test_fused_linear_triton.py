@@ -1,11 +1,13 @@
 """The Triton kernels of deployed layers against float64, in Triton's interpreter where there is no GPU."""
 
 import dataclasses
+import functools
 import itertools
 
+import deployed
 import pytest
 import torch
-from deployed import KINDS, Layer, arguments, bound, exact, inputs
+from deployed import KINDS, MLP_FORMS, Layer, arguments, check_gated_mlp, exact, inputs
 from operators import assert_within
 
 pytest.importorskip("triton")
@@ -18,6 +20,7 @@ from acip_kernels.plan import DEVICES, DecodeConfig, decode_config
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter cuts bfloat16 off where a GPU rounds it: twice the error.
 ROUNDINGS = 3 if DEVICE.type == "cuda" else 6
+bounds = functools.partial(deployed.bounds, roundings=ROUNDINGS)
 SMALL = DecodeConfig(rows=16, k=64, splits=2, warps=4)
 SHAPES = [(1, 1, 1), (33, 65, 17), (130, 37, 33), (200, 150, 97)]
 
@@ -25,10 +28,6 @@ SHAPES = [(1, 1, 1), (33, 65, 17), (130, 37, 33), (200, 150, 97)]
 def fused(x, layers, mode=op.CONCATENATE, config=None):
     tensors, spec = arguments(layers)
     return triton.forward(x.to(DEVICE), [t.to(DEVICE) for t in tensors], spec, mode, config).cpu()
-
-
-def bounds(layers, x, dtype):
-    return torch.cat([bound(layer, x, dtype, ROUNDINGS) for layer in layers], -1)
 
 
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
@@ -66,26 +65,9 @@ def test_siblings_of_mixed_forms_and_unequal_ranks(dtype, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "forms", [(op.FACTORS,) * 3, (op.DENSE, op.FACTORS, op.DENSE), (op.PIVOTED, op.FACTORS, op.PIVOTED)]
-)
+@pytest.mark.parametrize("forms", MLP_FORMS)
 def test_gated_mlp_and_swiglu(forms, dtype, tokens):
-    gate, up, down = (
-        Layer(forms[0], 40, 66, 21, dtype, seed=1),
-        Layer(forms[1], 40, 66, 35, dtype, op.INT8, seed=2),
-        Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3),
-    )
-    x = inputs(dtype, tokens, 40) / 8
-    g, u = exact(x, [gate]), exact(x, [up])
-    dg, du = bounds([gate], x, dtype), bounds([up], x, dtype)
-    # silu's slope is at most 1.1 and |silu(g)| at most |g|.
-    eps, small = 2 * torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
-    act = torch.nn.functional.silu(g) * u
-    act_bound = 1.1 * dg * (u.abs() + du) + g.abs() * du + (eps + 20 * small) * (g.abs() + dg) * (u.abs() + du)
-    assert_within(act_bound, fused(x, [gate, up], op.SWIGLU, SMALL), exact(x, [gate, up], op.SWIGLU))
-    y, want = fused(x, [gate, up, down], op.GATED_MLP, SMALL), exact(x, [gate, up, down], op.GATED_MLP)
-    through = Layer(forms[2], 66, 40, 18, dtype, op.INT4, seed=3, bias=False).magnitude(act_bound)
-    assert_within(through + bound(down, act.abs() + act_bound, dtype, ROUNDINGS), y, want)
+    check_gated_mlp(lambda *arguments: fused(*arguments, SMALL), forms, dtype, tokens, ROUNDINGS)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

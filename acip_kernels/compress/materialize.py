@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 from typing import TYPE_CHECKING
@@ -211,12 +210,7 @@ def materialize(
         # A deep copy that meets a layer finds its replacement, wherever the layer is referred to.
         memo[id(layer)] = _module(tensors, layer, scheme, dtype or layer.U.dtype).train(layer.training)
     # The quantizer of a factorized model says that it cannot be saved; the new model gets its own.
-    attached = model.__dict__.pop("hf_quantizer", None)
-    try:
-        new = copy.deepcopy(model, memo)
-    finally:
-        if attached is not None:
-            model.hf_quantizer = attached
+    new = quantizer.copied(model, memo)
     if dtype is not None:
         cast(new, dtype)
     for parameter in new.parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from typing import Any
@@ -209,12 +208,7 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
         if isinstance(layer, LowRankLinear | PivotLinear | QuantizedLinear) and layer not in inside:
             inside.update(layer.children())
             memo[id(layer)] = replace(name, layer).train(layer.training)
-    attached = model.__dict__.pop("hf_quantizer", None)
-    try:
-        new = copy.deepcopy(model, memo)
-    finally:
-        if attached is not None:
-            model.hf_quantizer = attached
+    new = quantizer.copied(model, memo)
     unfuse(new)
     if quantizer.is_transformers(new):
         new.config = saving.plain_config(model)

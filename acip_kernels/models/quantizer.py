@@ -7,6 +7,7 @@ registers the format, once.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import logging
@@ -339,6 +340,16 @@ def describe(config, ranks: dict[str, int], pivoted: list[str], *, size_ratio: f
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return None
+
+
+def copied(model: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """A deep copy with what `memo` has for layers, by their `id`, and without a quantizer, which speaks of `model`."""
+    attached = model.__dict__.pop("hf_quantizer", None)
+    try:
+        return copy.deepcopy(model, memo)
+    finally:
+        if attached is not None:
+            model.hf_quantizer = attached
 
 
 def _ranks(model: nn.Module) -> tuple[dict[str, int], list[str]]:
