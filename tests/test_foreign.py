@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 import torch
@@ -406,3 +407,26 @@ def test_what_an_imported_model_can_do_afterwards(tmp_path):
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(whole))
     with pytest.raises(ValueError, match="full_rank is 1000000000, but the layer is"):
         load(tmp_path / "tuned")
+
+
+def test_the_pages_code_runs():
+    """That of docs/checkpoints.md, with the golden checkpoint and a toy in the place of large models."""
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text("utf-8")
+    first, second = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    first = first.replace('"ACIP-llama2-7b"', repr(str(GOLDEN / "checkpoint")))
+    names = {}
+    exec(first.replace('"meta-llama/Llama-2-7b-hf"', repr(str(GOLDEN / "base"))), names)
+    assert names["result"].scores and names["model"].config.quantization_config["count"] == "paper"
+
+    base = toys.llama()
+    state = {}
+    for name, tensor in base.state_dict().items():
+        if name.endswith("_proj.weight"):
+            U, S, Vh = torch.linalg.svd(tensor, full_matrices=False)
+            stem = name.removesuffix("proj.weight")
+            state |= {f"{stem}u_proj.weight": (U * S).contiguous(), f"{stem}v_proj.weight": Vh}
+        else:
+            state[name] = tensor
+    names |= {"base": base, "state_dict": state}
+    exec(second, names)
+    assert_close(logits(names["model"]), logits(base))
