@@ -85,9 +85,15 @@ def test_the_golden_checkpoint_becomes_an_elastic_one(golden, kind, tmp_path):
         assert torch.equal(again.scores[name], layer.scores[order])
         assert torch.equal(svd_layers(again.model)[name].U, layer.U[:, order])
     name = "logits_full" if kind == "checkpoint" else "logits_compressed_50"
+    # Without a size as the file's masks have it, with all sizes to be cut.
+    assert_within_bfloat16(load(tmp_path / "elastic"), golden, name)
     assert_within_bfloat16(load(tmp_path / "elastic", 1.0), golden, name)
     assert_within_bfloat16(load(tmp_path / "elastic", 0.51, count="paper"), golden, "logits_pruned_50")
+    again.at(0.5, count="paper")
     again.save(tmp_path / "again")
+    if kind == "checkpoint":
+        assert_within_bfloat16(load(tmp_path / "again"), golden, "logits_pruned_50")
+        assert_within_bfloat16(load(tmp_path / "again", 1.0), golden, "logits_full")
     with pytest.raises(ValueError, match="save them whole"):
         again.save(tmp_path / "compact", compact=True, base_model="base")
 

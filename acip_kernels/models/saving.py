@@ -49,7 +49,7 @@ _NUMBER_OF = re.compile(r"(layers?|labels|experts|blocks|depth)$")
 _MOST = 100_000
 # `{tensor: (open file, its path)}`.
 Shards = dict[str, tuple[Any, pathlib.Path]]
-_LAYER_TENSORS = ("U", "S", "Vh", "scores", "bias", "lora_A", "lora_B")
+_LAYER_TENSORS = ("U", "S", "Vh", "scores", "mask", "bias", "lora_A", "lora_B")
 
 
 def save(
@@ -294,6 +294,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
             order = layer.scores.sort(descending=True, stable=True).indices
             kept |= {"scores": layer.scores[order], "S": layer.S[order]}
             kept |= {"U": layer.U[:, order], "Vh": layer.Vh[order]}
+            if imported:  # others prune to any size without a word to the scores
+                kept["mask"] = layer.mask[order]
             if layer.bias is not None:
                 kept["bias"] = layer.bias
         tensors |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
@@ -356,9 +358,18 @@ class _Elastic:
         for name, options in self.layers.items():
             r = options.get("adapter_rank", 0)
             needed = ("scores", "S", "U", "Vh", *(("lora_A", "lora_B") if r else ()))
+            needed += ("mask",) if f"{name}.mask" in self.where else ()
             shapes = {key: self.shape(f"{name}.{key}") for key in needed}
             k, out, in_ = shapes["scores"], shapes["U"][:1], shapes["Vh"][1:]
-            expected = {"scores": k, "S": k, "U": out + k, "Vh": k + in_, "lora_A": [r, *in_], "lora_B": [*out, r]}
+            expected = {
+                "scores": k,
+                "S": k,
+                "mask": k,
+                "U": out + k,
+                "Vh": k + in_,
+                "lora_A": [r, *in_],
+                "lora_B": [*out, r],
+            }
             for key, shape in shapes.items():
                 if shape != expected[key]:
                     file = self.where[f"{name}.{key}"][1]
@@ -367,8 +378,8 @@ class _Elastic:
             _check_floating(file, shard, name)
         self.scores = {name: self.get(f"{name}.scores") for name in self.layers}
         for name, scores in self.scores.items():
-            for key, tensor in (("scores", scores), ("S", self.get(f"{name}.S"))):
-                if not bool(tensor.isfinite().all()):
+            for key in ("scores", "S", "mask"):
+                if f"{name}.{key}" in self.where and not bool(self.get(f"{name}.{key}").isfinite().all()):
                     raise ValueError(f"{self.where[f'{name}.{key}'][1]}: tensor {name}.{key} is not finite")
             if bool((scores[1:] > scores[:-1]).any()):
                 raise ValueError(f"{self.where[f'{name}.scores'][1]}: tensor {name}.scores is not in falling order")
@@ -403,8 +414,8 @@ class _Elastic:
     def layer(self, name: str) -> dict[str, Tensor]:
         """The state of a layer's `SVDLinear`."""
         state = {key: self.get(f"{name}.{key}") for key in _LAYER_TENSORS if f"{name}.{key}" in self.where}
-        # A live entry's score is its mask parameter; a pruned one's mask is anything that is not above zero.
-        return state | {"mask": state["scores"].clamp_min(0)}
+        # Of a run, a live entry's score is its mask parameter; a pruned one's mask is whatever is not above zero.
+        return {"mask": state["scores"].clamp_min(0)} | state
 
     def rest(self) -> dict[str, Tensor]:
         """Everything but the factorized layers."""
