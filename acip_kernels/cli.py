@@ -362,7 +362,7 @@ def materialize(
         typer.Option(
             "--recalibrate",
             help="Fit what stays, layer after layer, to what the whole model makes of --data: for a ranking that was "
-            "not trained. Minutes, no bytes.",
+            "not trained. Minutes, no bytes; it need not help, so evaluate both.",
         ),
     ] = False,
     calibration_batches: Annotated[int, typer.Option(help="Sequences of the text that are taken.")] = 16,
