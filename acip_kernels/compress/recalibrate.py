@@ -32,8 +32,8 @@ def recalibrate(
     inputs in the model that is cut and refitted up to there, and `Y` the outputs that it has in the whole model, `U` is
     the minimum of `‖Y - Ẑ Uᵀ‖²` over all tokens, so that it makes good for what was lost before it too (sequential
     updates as of SVD-LLM, arXiv 2403.07378, there of single layers' inputs). It costs no bytes, and six passes through
-    the model. It need not help: of SmolLM2-135M's `importance` ranking it made the perplexity worse (docs/quality.md), so
-    compare before you keep it.
+    the model. It need not help: SmolLM2-135M's `importance` ranking it made worse (docs/quality.md), so compare before
+    you keep it.
 
     Args:
         result: without adapters. It is changed in place; sizes other than this one have changed with it, unmeasured.
