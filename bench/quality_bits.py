@@ -31,9 +31,13 @@ WEIGHTS = {
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "int4, to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
+    "int4, no pivoted form": {"quantize": "int4", "forms": ("dense", "factors")},
 }
-# Where rounding to the nearest is measured beside ours.
-NEAREST = (("importance", 1.0), ("nested", 0.6))
+# What is measured beside the others at these sizes alone.
+BESIDE = {
+    "int4, to the nearest": (("importance", 1.0), ("nested", 0.6)),
+    "int4, no pivoted form": (("nested", 0.8), ("nested", 0.6)),
+}
 
 console = Console(stderr=True)
 
@@ -87,7 +91,7 @@ def main(
         compressed = None
         for size in sizes:
             for weights, options in WEIGHTS.items():
-                if (method, size, weights) in done or ("nearest" in weights and (method, size) not in NEAREST):
+                if (method, size, weights) in done or (method, size) not in BESIDE.get(weights, [(method, size)]):
                     continue
                 if compressed is None:
                     compressed = CompressionResult.load(work / f"{method}-0" / "elastic")
