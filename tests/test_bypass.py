@@ -213,10 +213,12 @@ def test_lora_on_the_children(layer, x, calls, merged):
             nn.init.normal_(parameter)
     assert_same(layer, x, False, calls)
     changed = layer(x).detach()
+    # The adapter is no small thing: what was computed without it would not pass below.
     assert not torch.allclose(changed, before, atol=1e-2)
     layer = model.merge_and_unload()["proj"]
     assert_same(layer, x, True, calls)
     with torch.no_grad():
+        # The same sums of float32 in another order: the adapters' products, once apart, are in the merged weights.
         torch.testing.assert_close(layer(x), changed, rtol=1e-4, atol=1e-4)
 
 

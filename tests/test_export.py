@@ -58,7 +58,7 @@ def test_plain_modules_compute_the_same(result, form, options):
 
 def test_a_fused_model_is_exported_as_it_computes():
     if not extension.available():
-        pytest.skip("fusing is the native extension's")
+        pytest.skip("fusing is the native extension's")  # .ci/run requires it, so there nothing is skipped
     model = materialize(toys.toy_result(toys.llama()), 0.5)
     expected = logits(model)
     fuse(model)
