@@ -329,7 +329,10 @@ def materialize(
     rank_multiple: Annotated[int, typer.Option(help="Round stored ranks up to a multiple of this.")] = 1,
     forms: Annotated[
         list[str] | None,
-        typer.Option(help="Forms that layers may be stored in: dense, factors, pivoted (repeatable). Default: all."),
+        typer.Option(
+            help="Forms that layers may be stored in: dense, factors, pivoted (repeatable). Default: all; "
+            "of int4 without pivoted, which it suits badly."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the checkpoint's own.")] = "auto",
     base_model: Annotated[
@@ -383,8 +386,9 @@ def materialize(
     from . import data as texts
     from . import files, load, save
     from .compress.progress import RunProgress
-    from .compress.sizing import FORMS
+    from .compress.sizing import forms_for
     from .models.saving import load_result
+    from .ops.quantize import Scheme
 
     if data is not None and quantize is None and not recalibrate:
         raise ValueError("--data is for --quantize and --recalibrate: without them, nothing depends on a text")
@@ -392,8 +396,9 @@ def materialize(
         raise ValueError("--recalibrate fits on a text: give --data")
     source = {"dtype": dtype, "base_model": base_model, "svd_cache": texts.svd_cache(base_model or elastic)}
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
-    options["forms"] = tuple(forms) if forms else FORMS
     scheme = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
+    stored_as = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
+    options["forms"] = forms_for(tuple(forms) if forms else None, stored_as)
     scheme["quantize_rounding"] = quantize_rounding
     if data is None:
         model = load(elastic, size_ratio, **source, **options, **scheme)
@@ -1002,7 +1007,7 @@ def plot(
     else:
         raise ValueError(f"{source} does not exist")
     if not written:
-        raise ValueError(f"{source} holds nothing to plot: no history.jsonl, no checkpoint of this package")
+        raise ValueError(f"{source} holds nothing to plot: no history.jsonl, no checkpoint with low-rank layers")
     _print({"plots": [str(path) for path in written]}, as_json)
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from acip_kernels import data as texts
 from acip_kernels import evaluate, files, materialize, report
-from acip_kernels.compress.config import compute_dtype
+from acip_kernels.compress.config import FORMS, compute_dtype
 from acip_kernels.compress.result import CompressionResult
 
 from .quality import CONTEXT, HELD_OUT, ROOT
@@ -31,12 +31,14 @@ WEIGHTS = {
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
     "int4, to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
-    "int4, no pivoted form": {"quantize": "int4", "forms": ("dense", "factors")},
+    "int4, pivoted": {"quantize": "int4", "forms": FORMS},
+    "int4, pivoted, to the nearest": {"quantize": "int4", "forms": FORMS, "quantize_rounding": "nearest"},
 }
 # What is measured beside the others at these sizes alone.
 BESIDE = {
     "int4, to the nearest": (("importance", 1.0), ("nested", 0.6)),
-    "int4, no pivoted form": (("nested", 0.8), ("nested", 0.6)),
+    "int4, pivoted": (("nested", 0.8), ("nested", 0.6)),
+    "int4, pivoted, to the nearest": (("nested", 0.6),),
 }
 
 console = Console(stderr=True)

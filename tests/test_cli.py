@@ -113,7 +113,7 @@ def test_materialize_quantizes(base, tmp_path):
     calibration = ("-d", folder / "text.txt", "--calibration-batches", 4, "--length", 32)
     perplexities = []
     for name, options in (("near", ()), ("by-text", calibration)):
-        arguments = ("-s", 0.8, "-o", tmp_path / name, "--quantize", "int4", "--quantize-group", 32, *options)
+        arguments = ("-s", 0.5, "-o", tmp_path / name, "--quantize", "int4", "--quantize-group", 32, *options)
         made = as_json("materialize", summary["elastic"], *arguments)
         about = as_json("info", tmp_path / name)
         quantized = about["quantized"]
@@ -121,7 +121,7 @@ def test_materialize_quantizes(base, tmp_path):
         assert quantized["dense_layers"] + about["low_rank_layers"] == 14
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert made["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
-        assert made["factorized"] <= 0.8 and made["file_bytes"] == about["file_bytes"]
+        assert made["factorized"] <= 0.5 and made["file_bytes"] == about["file_bytes"]
         as_json("plot", tmp_path / name)
         options = ("--no-speed", "-d", folder / "text.txt", "--context", 32, "--max-windows", 8)
         perplexities.append(as_json("evaluate", tmp_path / name, *options)["rows"][0]["perplexity"])

@@ -23,6 +23,7 @@ from acip_kernels import (
     save_factors,
     to_plain,
 )
+from acip_kernels.compress.config import FORMS
 from acip_kernels.ops import extension
 
 IDS = toys.token_ids(3, 7)
@@ -43,7 +44,9 @@ def assert_needs_nothing_of_ours(model):
     assert not hasattr(model.config, "quantization_config")
 
 
-@pytest.mark.parametrize("options", [{}, {"forms": ("dense", "factors")}, {"quantize": "int4", "quantize_group": 32}])
+@pytest.mark.parametrize(
+    "options", [{}, {"forms": ("dense", "factors")}, {"forms": FORMS, "quantize": "int4", "quantize_group": 32}]
+)
 @pytest.mark.parametrize("form", ["dense", "factors"])
 def test_plain_modules_compute_the_same(result, form, options):
     model = materialize(result, 0.5, **options)

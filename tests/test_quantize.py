@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import acip_kernels
 from acip_kernels import CompressionResult, LowRankLinear, PivotLinear, evaluate, load, materialize, save
 from acip_kernels.compress.basis import whitened_svd
+from acip_kernels.compress.config import FORMS
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.quantized import quantized_tensors, remembered_covariance, rounding_metric
 from acip_kernels.compress.sizing import Sizing
@@ -354,9 +355,9 @@ def assert_same_state(model, other):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("size_ratio", [1.0, 0.8, 0.3])
 def test_a_model_from_cut_to_file(result, case, size_ratio, tmp_path):
-    options = options_of(case)
+    options = options_of(case) | {"forms": FORMS}
     model = materialize(result, size_ratio, **options)
-    cut = result.cut(size_ratio, scheme=Scheme(*case))
+    cut = result.cut(size_ratio, scheme=Scheme(*case), forms=FORMS)
     plain = result.cut(size_ratio)
     assert all(torch.equal(live, plain.live[name]) for name, live in cut.live.items())
     assert cut.ratios == plain.ratios
@@ -474,17 +475,26 @@ def test_what_is_remembered_lowers_the_error():
         layers[name] = correlated(layer.in_features, seed=len(layers))
     acip_kernels.factorize(model, adapter_rank=0, covariances=layers)
     acip_kernels.score_by_singular_values(model)
-    plain = materialize(model, 0.6)
+    plain = materialize(model, 0.6, forms=FORMS)
     known = {"nearest": {"quantize_rounding": "nearest"}, "remembered": {}, "given": {"covariances": layers}}
     errors = dict.fromkeys(known, 0.0)
     for label, options in known.items():
-        quantized = materialize(model, 0.6, quantize="int4", **options)
+        quantized = materialize(model, 0.6, forms=FORMS, quantize="int4", **options)
         for name, covariance in layers.items():
             weight = effective(plain.get_submodule(name))
             error = output_error(effective(quantized.get_submodule(name)) - weight, covariance)
             errors[label] += error / output_error(weight, covariance)
     assert errors["remembered"] < 0.6 * errors["nearest"]
     assert errors["given"] < 1.05 * errors["remembered"]
+
+
+def test_int4_is_pivoted_on_request_alone(llama):
+    def forms(**options):
+        return {type(module) for module in materialize(llama, 0.6, **options).modules()} & {LowRankLinear, PivotLinear}
+
+    assert PivotLinear in forms() and PivotLinear in forms(quantize="int8")
+    assert forms(quantize="int4") == {LowRankLinear}
+    assert PivotLinear in forms(quantize="int4", forms=FORMS)
 
 
 def effective(module):
@@ -586,7 +596,7 @@ def test_plain_files_are_of_the_version_that_older_readers_know(llama, tmp_path)
 @pytest.fixture(scope="module")
 def stored(llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("quantized")
-    save(materialize(llama, 0.6, quantize="int4"), path / "low")
+    save(materialize(llama, 0.6, forms=FORMS, quantize="int4"), path / "low")
     save(materialize(llama, 1.0, quantize="int4"), path / "dense")
     return path
 

@@ -20,7 +20,7 @@ from .config import cast
 from .factorize import svd_layers
 from .pivot import pivot_form
 from .quantized import quantized_tensors, rounding_metric
-from .sizing import FORMS, Sizing, check_size_ratio
+from .sizing import Sizing, check_size_ratio
 
 if TYPE_CHECKING:
     from .result import CompressionResult
@@ -114,7 +114,7 @@ def model_cut(
     size_ratio: float,
     *,
     rank_multiple: int = 1,
-    forms: tuple[str, ...] = FORMS,
+    forms: tuple[str, ...] | None = None,
     scheme: Scheme | None = None,
     **options,
 ) -> Cut:
@@ -143,7 +143,7 @@ def materialize(
     count: str = "factorized",
     adapters: str = "auto",
     rank_multiple: int = 1,
-    forms: tuple[str, ...] = FORMS,
+    forms: tuple[str, ...] | None = None,
     covariances: dict[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
     quantize: str | None = None,
@@ -167,13 +167,14 @@ def materialize(
         adapters: "auto", "merge", "truncate" or "drop"; see `plan_cut`.
         rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
         forms: what layers may be stored as, some of "dense", "factors" and "pivoted"; the ranks that a size allows
-            depend on it.
+            depend on it. None for all of them, in int4 without the last: an error of four bits in the pivot rows passes
+            through the second matrix as well, and at equal bytes two factors lose less (docs/quality.md).
         covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate" and
             for quantize: so that the error of the outputs is the least, instead of that of the weights.
         dtype: of the new weights; None for the factors' own.
         quantize: "int8" or "int4" for the weights of all layers that were factorized, whatever their form (see
-            `ops.quantize`); None for none. The same singular values stay, and each layer takes the form that then has
-            the fewest bytes. Biases and everything else keep `dtype`.
+            `ops.quantize`); None for none. With the same `forms` the same singular values stay, and each layer takes
+            the form that then has the fewest bytes. Biases and everything else keep `dtype`.
         quantize_group: numbers of a row with one scale, 32, 64 or 128 (int4). quantize_symmetric: without zero points
             (int4): fewer bytes, larger errors. quantize_rounding: "feedback" rounds by what errors do to the outputs
             (see `quantized.quantized_tensors`), for inputs of `covariances` or, without, of the covariance that the

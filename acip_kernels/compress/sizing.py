@@ -46,9 +46,9 @@ class Sizing:
     A third, `paper`, is the reference's, for who wants its ranks: the factorized layers with their biases, in two
     factors or dense, without adapters, whatever is stored. Its cut is the reference's too, see `cut`.
 
-    All count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio as without
-    one, but each layer takes the form of the fewest bytes as it is quantized, and `bytes` and `elements` count codes,
-    scales and zeros.
+    All count numbers, whatever their width: with a `scheme`, the same singular values stay at a size ratio and `forms`
+    as without one, but each layer takes the form of the fewest bytes as it is quantized, and `bytes` and `elements`
+    count codes, scales and zeros.
 
     Fields: `names` of the layers; `out`, `in_`, `full_rank`, `adapter_rank`, int64 `[layers]`, in that order;
     `rest`, the parameters of everything else in the file, with the `biases` of the layers; `rank_multiple`; `forms`;
@@ -73,7 +73,7 @@ class Sizing:
         *,
         adapters: bool = True,
         rank_multiple: int = 1,
-        forms: tuple[str, ...] = FORMS,
+        forms: tuple[str, ...] | None = None,
         scheme: Scheme | None = None,
     ) -> Sizing:
         """The sizing of a model with `SVDLinear` layers; `adapters=False` leaves them out of every count."""
@@ -97,7 +97,7 @@ class Sizing:
             column(layer.adapter_rank if adapters else 0 for layer in layers.values()),
             sum(rest.values()) + biases,
             rank_multiple,
-            check_forms(forms),
+            forms_for(forms, scheme),
             scheme,
             biases,
         )
@@ -296,6 +296,14 @@ class Sizing:
             bad = next(name for name in self.names if bool(scores[name].isnan().any()))
             raise ValueError(f"scores[{bad!r}] holds NaN")
         return flat, torch.arange(len(self.names)).repeat_interleave(self.full_rank)
+
+
+def forms_for(forms: tuple[str, ...] | None, scheme: Scheme | None) -> tuple[str, ...]:
+    """The forms that layers may take: `forms`, or by default all, in int4 without the pivoted one."""
+    if forms is not None:
+        return check_forms(forms)
+    # The pivots' rounding errors pass through the second matrix too: at equal bytes two factors lose less.
+    return tuple(form for form in FORMS if form != "pivoted" or scheme is None or scheme.kind != "int4")
 
 
 def check_size_ratio(size_ratio: float) -> None:

@@ -24,7 +24,7 @@ from ..compress.materialize import Cut, layer_tensors, materialize, plan_cut
 from ..compress.nested import NestedConfig, RankingConfig
 from ..compress.quantized import rounding_metric
 from ..compress.result import CompressionResult
-from ..compress.sizing import FORMS, Sizing, check_forms
+from ..compress.sizing import Sizing, forms_for
 from ..nn import SVDLinear
 from ..nn.pivot_linear import unpack_bits
 from ..nn.quantized_linear import QuantizedLinear
@@ -110,7 +110,7 @@ def load(
     count: str = "factorized",
     adapters: str = "auto",
     rank_multiple: int = 1,
-    forms: tuple[str, ...] = FORMS,
+    forms: tuple[str, ...] | None = None,
     base_model: str | None = None,
     svd_cache: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
@@ -423,7 +423,7 @@ class _Elastic:
         return {name: self.get(name) for name in self.where if name not in inside}
 
     def cut(
-        self, size_ratio: float, *, rank_multiple: int, forms: tuple[str, ...], scheme: Scheme | None, **options
+        self, size_ratio: float, *, rank_multiple: int, forms: tuple[str, ...] | None, scheme: Scheme | None, **options
     ) -> Cut:
         inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS if key != "bias"}
         out = torch.tensor([self.shape(f"{name}.U")[0] for name in self.layers])
@@ -433,7 +433,7 @@ class _Elastic:
         full = torch.tensor([scores.numel() for scores in self.scores.values()])
         trained = any(r and bool(self.get(f"{name}.lora_B").any()) for name, r in zip(self.layers, ranks.tolist()))
         biases = sum(self.shape(name)[0] for name in (f"{name}.bias" for name in self.layers) if name in self.where)
-        storage = rest, rank_multiple, check_forms(forms), scheme, biases
+        storage = rest, rank_multiple, forms_for(forms, scheme), scheme, biases
         with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, *storage)
         without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
