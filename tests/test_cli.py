@@ -111,17 +111,19 @@ def test_materialize_evaluate_info_and_plot(base, tmp_path):
 def test_materialize_quantizes(base, tmp_path):
     folder, summary = base
     calibration = ("-d", folder / "text.txt", "--calibration-batches", 4, "--length", 32)
+    # Of layers this narrow in int4, the pivoted form alone is smaller than the dense one.
+    quantized = ("--quantize", "int4", "--quantize-group", 32, "--forms", "pivoted")
     perplexities = []
     for name, options in (("near", ()), ("by-text", calibration)):
-        arguments = ("-s", 0.5, "-o", tmp_path / name, "--quantize", "int4", "--quantize-group", 32, *options)
+        arguments = ("-s", 0.8, "-o", tmp_path / name, *quantized, *options)
         made = as_json("materialize", summary["elastic"], *arguments)
         about = as_json("info", tmp_path / name)
-        quantized = about["quantized"]
-        assert {key: quantized[key] for key in ("bits", "group")} == {"bits": 4, "group": 32}
-        assert quantized["dense_layers"] + about["low_rank_layers"] == 14
+        stored = about["quantized"]
+        assert {key: stored[key] for key in ("bits", "group")} == {"bits": 4, "group": 32}
+        assert stored["dense_layers"] + about["low_rank_layers"] == 14
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert made["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
-        assert made["factorized"] <= 0.5 and made["file_bytes"] == about["file_bytes"]
+        assert made["factorized"] <= 0.8 and made["file_bytes"] == about["file_bytes"]
         as_json("plot", tmp_path / name)
         options = ("--no-speed", "-d", folder / "text.txt", "--context", 32, "--max-windows", 8)
         perplexities.append(as_json("evaluate", tmp_path / name, *options)["rows"][0]["perplexity"])
