@@ -1,6 +1,7 @@
 """Any size from one result: which singular values stay, what is stored, and what the model then computes."""
 
 import copy
+import itertools
 import logging
 import math
 
@@ -10,6 +11,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from toys import assert_close, logits
 from transformers.pytorch_utils import Conv1D
@@ -22,13 +24,17 @@ from acip_kernels import (
     Sizing,
     SVDLinear,
     compress,
+    data,
     evaluate,
     load,
     materialize,
     save,
 )
 from acip_kernels.compress.factorize import svd_layers
-from acip_kernels.compress.sizing import COUNTS
+from acip_kernels.compress.materialize import layer_tensors
+from acip_kernels.compress.pivot import BOUND
+from acip_kernels.compress.sizing import COUNTS, FORMS
+from acip_kernels.nn.pivot_linear import unpack_bits
 
 SIZES = (1.0, 0.8, 0.5, 0.25)
 
@@ -468,3 +474,43 @@ def test_a_model_in_a_narrow_dtype_is_what_is_loaded_again(family, tmp_path):
         assert all(torch.equal(buffers[name], values) for name, values in exact.items())
         save(small, tmp_path, overwrite=True)
         assert torch.equal(load(tmp_path)(toys.token_ids()).logits, small(toys.token_ids()).logits)
+
+
+@pytest.mark.network
+def test_every_layer_of_the_real_model_is_the_same_in_all_forms():
+    """Cut to half its ranks, as it is stored: what a form may differ by is the rounding of its own numbers."""
+    weights = load_file(data.demo_model() / "model.safetensors")
+    layers = {name: weight for name, weight in weights.items() if weight.dim() == 2 and ".layers." in name}
+    assert len(layers) == 7 * 30
+    for name, weight in layers.items():
+        U, S, Vh = (part.double() for part in torch.linalg.svd(weight.float(), full_matrices=False))
+        rank = len(S) // 2
+        U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+        x = torch.randn(weight.shape[1], 4, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        expected = U @ (S[:, None] * (Vh @ x))
+        for dtype, form in itertools.product((torch.float32, torch.bfloat16), FORMS):
+            parts = layer_tensors(U, S, Vh, None, None, 1.0, form=form, truncate=False, dtype=dtype)
+            found, largest = output_of(parts, x)
+            # Each of at most two numbers in a term is rounded by half an eps; what float64 rounds is far below.
+            eps = torch.finfo(dtype).eps
+            bound = eps * (1 + 2 * eps) * largest
+            assert bool(((found - expected).abs() <= bound).all()), (name, form, dtype)
+            if form == "pivoted":
+                assert float(parts["C.weight"].abs().max()) <= BOUND * (1 + eps)
+
+
+def output_of(parts, x):
+    """What a layer of the tensors `parts` makes of `x [in, tokens]` in float64, and the same of all magnitudes."""
+
+    def product(x, of):
+        if "weight" in parts:
+            return of(parts["weight"].double()) @ x
+        if "U.weight" in parts:
+            return of(parts["U.weight"].double()) @ (of(parts["Vh.weight"].double()) @ x)
+        P, C = of(parts["P.weight"].double()), of(parts["C.weight"].double())
+        pivots = unpack_bits(parts["is_pivot"], len(P) + len(C))
+        y = torch.empty(len(pivots), x.shape[1], dtype=x.dtype)
+        y[pivots], y[~pivots] = P @ x, C @ (P @ x)
+        return y
+
+    return product(x, torch.clone), product(x.abs(), torch.abs)
