@@ -350,6 +350,13 @@ def materialize(
     quantize_rounding: Annotated[
         str, typer.Option(help="feedback (least error of the outputs) or nearest (quick, for a trial).")
     ] = "feedback",
+    quantize_embeddings: Annotated[
+        str | None,
+        typer.Option(
+            help="The embedding and the output head as int8 or int4: in a small model half of the file.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -399,7 +406,7 @@ def materialize(
     scheme = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
     stored_as = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
     options["forms"] = forms_for(tuple(forms) if forms else None, stored_as)
-    scheme["quantize_rounding"] = quantize_rounding
+    scheme |= {"quantize_rounding": quantize_rounding, "quantize_embeddings": quantize_embeddings}
     if data is None:
         model = load(elastic, size_ratio, **source, **options, **scheme)
     else:
@@ -412,7 +419,7 @@ def materialize(
             with RunProgress(enabled=not as_json) as bar, bar.counting("refit", "blocks") as advance:
                 acip_kernels.recalibrate(result, size_ratio, calibration, progress=advance, **cut_by)
         if quantize is None:
-            model = acip_kernels.materialize(result, size_ratio, **options)
+            model = acip_kernels.materialize(result, size_ratio, **options, quantize_embeddings=quantize_embeddings)
         else:
             model = _quantized_by(calibration, result.model, size_ratio, options, scheme)
     about = files.read_json(elastic / "config.json").get("quantization_config", {})
@@ -950,6 +957,8 @@ def info(
             dense = acip["quantized"]["dense"]
             about["quantized"] = {key: value for key, value in acip["quantized"].items() if key != "dense"}
             about["quantized"]["dense_layers"] = len(dense)
+        if acip.get("embeddings"):
+            about["embeddings"] = acip["embeddings"]
         about["low_rank_layers"] = len(acip.get("ranks", {}))
         about["ranks"] = acip.get("ranks", {})
     weights = list(path.glob("*.safetensors"))

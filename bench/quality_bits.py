@@ -30,6 +30,8 @@ WEIGHTS = {
     "bfloat16": {},
     "int8": {"quantize": "int8"},
     "int4": {"quantize": "int4"},
+    "int8, embeddings too": {"quantize": "int8", "quantize_embeddings": "int8"},
+    "int4, embeddings int8": {"quantize": "int4", "quantize_embeddings": "int8"},
     "int4, to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
     "int4, pivoted": {"quantize": "int4", "forms": FORMS},
     "int4, pivoted, to the nearest": {"quantize": "int4", "forms": FORMS, "quantize_rounding": "nearest"},

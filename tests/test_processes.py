@@ -188,8 +188,9 @@ def divide(directory, out):
         files.write_tensors(out / f"{name}.safetensors", {"logits": toys.logits(model), "generated": generated})
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.model.layers.parameters()]
         files.write_json(out / f"{name}.json", {"numbers": sum(parameter.numel() for parameter in parameters)})
-    with pytest.raises(ValueError, match="quantized layers cannot be divided"):
-        AutoModelForCausalLM.from_pretrained(directory / "quantized", **options)
+    for name in ("quantized", "quantized-embeddings"):
+        with pytest.raises(ValueError, match="quantized layers cannot be divided"):
+            AutoModelForCausalLM.from_pretrained(directory / name, **options)
 
 
 def lose_one(rank, directory, out):
@@ -278,6 +279,7 @@ def make(directory):
         save(materialize(result, 0.8, forms=("dense", "factors")), directory / f"tensor-parallel-{kind}-factors")
         save(materialize(result, 0.8), directory / f"tensor-parallel-{kind}-pivoted")
     save(materialize(result, 0.8, quantize="int8"), directory / "quantized")
+    save(materialize(result, 0.8, quantize_embeddings="int8"), directory / "quantized-embeddings")
     both(work, directory)
 
 

@@ -150,6 +150,7 @@ def materialize(
     quantize_group: int = 64,
     quantize_symmetric: bool = False,
     quantize_rounding: str = "feedback",
+    quantize_embeddings: str | None = None,
 ) -> nn.Module:
     """An ordinary, independent model of size `size_ratio`; what it is made from stays as it is and can be cut again.
 
@@ -180,6 +181,9 @@ def materialize(
             (see `quantized.quantized_tensors`), for inputs of `covariances` or, without, of the covariance that the
             factors remember (`quantized.remembered_covariance`): seconds for a layer of 4096 inputs; "nearest" is
             quick.
+        quantize_embeddings: "int8" or "int4" for the embedding and the output head of a transformers model, to the
+            nearest; None for neither. They are no part of any size ratio, and in a small model, or where layers are
+            quantized, most of the file, and of what decoding a token reads.
 
     Raises:
         ValueError: a target that is out of range or cannot be reached, a model that is not factorized, or options of
@@ -218,6 +222,8 @@ def materialize(
         parameter.requires_grad_(True)
     if quantizer.is_transformers(new):
         quantizer.attach_materialized(new, size_ratio=size_ratio, count=count, cut=cut)
+    if quantize_embeddings is not None:
+        quantizer.quantize_embeddings(new, Scheme(quantize_embeddings, quantize_group, quantize_symmetric))
     return new
 
 

@@ -50,6 +50,8 @@ def model_card(model: nn.Module, result, base_model: str | None) -> str:
     if fields.get("quantized"):
         quantized = {key: value for key, value in fields["quantized"].items() if key != "dense"}
         rows.append(("weights of these layers", str(Scheme.from_dict(quantized))))
+    if fields.get("embeddings"):
+        rows.append(("embedding and output head", str(Scheme.from_dict(fields["embeddings"]))))
     if fields.get("ranks"):
         ranks = list(fields["ranks"].values())
         rows.append(("low-rank layers", f"{len(ranks)}, of rank {min(ranks)} to {max(ranks)}"))

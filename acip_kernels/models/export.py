@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..nn import LowRankLinear, PivotLinear, QuantizedLinear
+from ..nn import LowRankLinear, PivotLinear, QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from ..nn.quantized_linear import dense_weight
 from . import quantizer, saving
 from .fuse import unfuse
@@ -205,9 +205,12 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
         raise ValueError("the model is of all sizes: cut one first, by materialize(model, size_ratio)")
     memo, inside = {}, set()
     for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedHead):
+            continue
         if isinstance(layer, LowRankLinear | PivotLinear | QuantizedLinear) and layer not in inside:
             inside.update(layer.children())
             memo[id(layer)] = replace(name, layer).train(layer.training)
+    _plain_embeddings(model, memo)
     new = quantizer.copied(model, memo)
     unfuse(new)
     if quantizer.is_transformers(new):
@@ -215,6 +218,29 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
     for parameter in new.parameters():
         parameter.requires_grad_(True)
     return new
+
+
+def _plain_embeddings(model: nn.Module, memo: dict[int, nn.Module]) -> None:
+    """Into `memo`, what becomes of a quantized embedding, and of the head that shares it."""
+    dense = saving.plain_class(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedEmbedding):
+            sizes = layer.num_embeddings, layer.embedding_dim
+            with torch.device("meta"):
+                new = nn.Embedding(*sizes) if layer.scale == 1.0 else dense(name)(*sizes, None, layer.scale)
+            new.weight = nn.Parameter(layer.dequantize())
+            if layer.scale != 1.0:
+                new.embed_scale = torch.tensor(layer.scale, device=new.weight.device)
+            memo[id(layer)] = new.train(layer.training)
+    for layer in model.modules():
+        if isinstance(layer, QuantizedHead):
+            (source,) = layer._source
+            new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+            new.weight, new.bias = (
+                memo[id(source)].weight,
+                None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()),
+            )
+            memo[id(layer)] = new.train(layer.training)
 
 
 def _bias(layer: nn.Module) -> Tensor | None:

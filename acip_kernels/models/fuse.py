@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..nn import LowRankLinear, PivotLinear, fused
+from ..nn import LowRankLinear, PivotLinear, QuantizedHead, fused
 from ..nn.quantized_linear import QuantizedLinear
 from ..ops.fused_linear.op import CONCATENATE, GATED_MLP
 
@@ -43,7 +43,7 @@ def fuse(model: nn.Module) -> nn.Module:
         if all(_fusible(children.get(name)) for name in _MLP) and _is_silu(children.get("act_fn")):
             module.forward = _MlpForward(module)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) in (nn.Linear, QuantizedLinear) and fused.is_plain(head):
+    if type(head) in (nn.Linear, QuantizedLinear, QuantizedHead) and fused.is_plain(head):
         head.forward = _HeadForward(head)
     return model
 
@@ -75,7 +75,8 @@ def fused_calls(model: nn.Module) -> list[tuple[str, fused.Fused, int]]:
         elif isinstance(forward, _HeadForward):
             found.append((name, forward, CONCATENATE))
             continue
-        if type(module) in (LowRankLinear, PivotLinear) or (type(module) is QuantizedLinear and _is_whole(model, name)):
+        whole = isinstance(module, QuantizedLinear) and _is_whole(model, name)
+        if type(module) in (LowRankLinear, PivotLinear) or whole:
             found.append((name, module, CONCATENATE))
     return found
 

@@ -43,7 +43,7 @@ class ByForm(TensorParallelLayer):
         if any(isinstance(each, QuantizedLinear) for each in module.modules()):
             raise ValueError(
                 "quantized layers cannot be divided among processes: load the model in one, or materialize it without "
-                "quantize"
+                "quantize and quantize_embeddings"
             )
         if isinstance(module, LowRankLinear) or (isinstance(module, PivotLinear) and self.name in _ROW_WISE):
             return module

@@ -22,16 +22,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..nn import LowRankLinear, PivotLinear, SVDLinear
+from ..nn import LowRankLinear, PivotLinear, QuantizedEmbedding, QuantizedHead, SVDLinear
 from ..nn.quantized_linear import QuantizedLinear
 from ..ops.quantize import Scheme
 from .targets import linear_layers, weight_of
 
 log = logging.getLogger("acip_kernels")
 
-# 2: with the pivoted form; 3: with quantized weights; 4: with elastic layers that never had all ranks. A file is of the
-# lowest version that knows what it has.
-FORMAT_VERSION = 4
+# 2: with the pivoted form; 3: with quantized weights; 4: with elastic layers that never had all ranks; 5: with
+# quantized embeddings. A file is of the lowest version that knows what it has.
+FORMAT_VERSION = 5
 
 # The largest number of float32, which options are computed in.
 _LARGEST = torch.finfo(torch.float32).max
@@ -47,6 +47,7 @@ class AcipConfig(QuantizationConfigMixin):
     ranks: `{module name: rank}` of every `LowRankLinear` and `PivotLinear`; pivoted: names of the latter.
     quantized: `{"bits", "group", "symmetric", "dense"}` if the weights of all these are quantized, and those of the
         layers named in "dense", which are `QuantizedLinear`s; see `ops.quantize`.
+    embeddings: `{"bits", "group", "symmetric"}` if the embedding and the output head are quantized.
     size_ratio, count: the target that the model was cut for; factorized, stored: what it came to, in either count.
     layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`, with its `full_rank` where that is
         less than the weight's. Other fields are kept.
@@ -60,6 +61,7 @@ class AcipConfig(QuantizationConfigMixin):
         layers=None,
         pivoted=(),
         quantized=None,
+        embeddings=None,
         format_version=FORMAT_VERSION,
         **fields,
     ):
@@ -87,14 +89,15 @@ class AcipConfig(QuantizationConfigMixin):
         self.pivoted = list(pivoted)
         self.quantized = _checked_quantized(quantized, self.ranks)
         short = any("full_rank" in options for options in self.layers.values())
-        self.format_version = 4 if short else 3 if self.quantized else 2
+        self.embeddings = _checked_embeddings(embeddings)
+        self.format_version = 5 if self.embeddings else 4 if short else 3 if self.quantized else 2
         for key, value in fields.items():
             if hasattr(type(self), key) or not _FIELDS.get(key, _anything)(value):
                 raise ValueError(f"quantization_config: {key} cannot be {value!r}")
             setattr(self, key, value)
 
     def to_dict(self) -> dict[str, Any]:
-        optional = ("ranks", "layers", "pivoted", "quantized")
+        optional = ("ranks", "layers", "pivoted", "quantized", "embeddings")
         return {key: value for key, value in super().to_dict().items() if key not in optional or value}
 
     @property
@@ -156,6 +159,17 @@ def _checked_quantized(quantized, ranks: dict[str, int]) -> dict:
     return {**quantized, "dense": list(dense)}
 
 
+def _checked_embeddings(embeddings) -> dict:
+    if embeddings is None:
+        return {}
+    if not isinstance(embeddings, dict):
+        raise ValueError(f"quantization_config: embeddings must be an object with bits, got {embeddings!r}")
+    try:
+        return Scheme.from_dict(embeddings).to_dict()
+    except ValueError as error:
+        raise ValueError(f"quantization_config: embeddings: {error}") from None
+
+
 def _check_layer_options(name: str, options) -> None:
     if not isinstance(options, dict):
         raise ValueError(f"quantization_config: layers[{name!r}] must be an object, got {options!r}")
@@ -197,6 +211,9 @@ class AcipQuantizer(HfQuantizer):
         plan.update({name: style.removeprefix(PARALLEL_PREFIX) for name, style in plan.items()})
         for layer in _svd_layers(model):
             layer.__dict__.pop("weight", None)
+        for module in model.modules():
+            if isinstance(module, QuantizedHead):
+                module.share()
         _be_ordinary(model)
 
     def is_serializable(self):
@@ -265,6 +282,45 @@ def put_layers(model: nn.Module, config: AcipConfig) -> None:
                     sizes = child.in_features, child.out_features, child.bias is not None
                     setattr(new, child_name, QuantizedLinear(*sizes, **scheme.options, **like))
         model.set_submodule(name, new)
+    if config.embeddings:
+        put_embeddings(model, Scheme.from_dict(config.embeddings), empty=True)
+
+
+def put_embeddings(model: nn.Module, scheme: Scheme, empty: bool = False) -> None:
+    """Replace the embedding of `model` and its output head, if it has one, by quantized ones.
+
+    One matrix for both stays one. empty: to load a state into. Raises `ValueError` for a model whose embedding or head
+    is of a class of its own, and computes something else.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and type(head) is not nn.Linear:
+        raise ValueError(
+            f"quantize_embeddings takes an output head of nn.Linear, and the model has {type(head).__name__}"
+        )
+    new = QuantizedEmbedding.from_embedding(embedding, scheme, empty=empty)
+    names = {id(module): name for name, module in model.named_modules()}
+    model.set_submodule(names[id(embedding)], new)
+    if head is None:
+        return
+    name = names[id(head)]
+    if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        new_head = QuantizedHead(new, head.bias)
+    elif empty:
+        options = {**scheme.options, "device": head.weight.device, "dtype": head.weight.dtype}
+        new_head = QuantizedLinear(head.in_features, head.out_features, head.bias is not None, **options)
+    else:
+        new_head = QuantizedLinear.from_linear(head, scheme.kind, group=scheme.group, symmetric=scheme.symmetric)
+    model.set_submodule(name, new_head.train(head.training))
+
+
+def quantize_embeddings(model: PreTrainedModel, scheme: Scheme) -> None:
+    """Quantize the embedding and the output head of a materialized `model`, in place; its config says so."""
+    put_embeddings(model, scheme)
+    fields = getattr(model.config, "quantization_config", None) or {"kind": "materialized"}
+    config = AcipConfig(**(fields if isinstance(fields, dict) else fields.to_dict()) | {"embeddings": scheme.to_dict()})
+    model.config.quantization_config = config.to_dict()
+    model.hf_quantizer = AcipQuantizer(config)
+    _be_ordinary(model)
 
 
 def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:

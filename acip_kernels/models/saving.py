@@ -25,7 +25,7 @@ from ..compress.nested import NestedConfig, RankingConfig
 from ..compress.quantized import rounding_metric
 from ..compress.result import CompressionResult
 from ..compress.sizing import Sizing, forms_for
-from ..nn import SVDLinear
+from ..nn import QuantizedEmbedding, SVDLinear
 from ..nn.pivot_linear import unpack_bits
 from ..nn.quantized_linear import QuantizedLinear
 from ..ops.quantize import Scheme
@@ -119,6 +119,7 @@ def load(
     quantize_group: int = 64,
     quantize_symmetric: bool = False,
     quantize_rounding: str = "feedback",
+    quantize_embeddings: str | None = None,
     fuse: bool = False,
 ) -> nn.Module:
     """A model from a directory that this package wrote, in evaluation mode; or from a published ACIP checkpoint.
@@ -134,8 +135,8 @@ def load(
         base_model, svd_cache: for a compact elastic checkpoint, or a published one, where the base model is now, and a
             directory that keeps its decompositions.
         dtype, device_map: as for `from_pretrained`.
-        quantize, quantize_group, quantize_symmetric, quantize_rounding: with a size_ratio, as for `materialize`. A
-            materialized checkpoint loads as it is, quantized or not.
+        quantize, quantize_group, quantize_symmetric, quantize_rounding, quantize_embeddings: with a size_ratio, as for
+            `materialize`. A materialized checkpoint loads as it is, quantized or not.
         fuse: of an ordinary model, let sibling layers be computed in one call, see `acip_kernels.fuse`.
 
     Raises:
@@ -145,7 +146,7 @@ def load(
     path = pathlib.Path(path)
     cutting = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple, "forms": forms}
     rounding = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
-    rounding["quantize_rounding"] = quantize_rounding
+    rounding |= {"quantize_rounding": quantize_rounding, "quantize_embeddings": quantize_embeddings}
     if _is_published(path):
         from .foreign import import_checkpoint
 
@@ -157,7 +158,7 @@ def load(
     if acip is not None and acip.kind == "factorized":
         raise ValueError(f"{path / 'config.json'}: kind is 'factorized'; a file is materialized or elastic")
     scheme = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
-    _check_cut(size_ratio, False, quantize)
+    _check_cut(size_ratio, False, quantize or quantize_embeddings)
     if acip is None or acip.kind != "elastic":
         if size_ratio is not None:
             about = f" at {fields['size_ratio']}" if "size_ratio" in fields else ""
@@ -190,12 +191,14 @@ def load(
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
+    if quantize_embeddings is not None:
+        quantizer.quantize_embeddings(model, Scheme(quantize_embeddings, quantize_group, quantize_symmetric))
     return _fused_if(fuse, model)
 
 
 def _cut(model: nn.Module, size_ratio: float | None, fuse: bool, options: dict) -> nn.Module:
     """A factorized model itself, or the size that is asked for."""
-    _check_cut(size_ratio, fuse, options["quantize"])
+    _check_cut(size_ratio, fuse, options["quantize"] or options["quantize_embeddings"])
     return model if size_ratio is None else _fused_if(fuse, materialize(model, size_ratio, **options))
 
 
@@ -614,7 +617,7 @@ def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) 
         for name in acip.pivoted:
             _check_pivots(path, where, f"{name}.is_pivot", model.get_submodule(name))
         for name, layer in model.named_modules():
-            if isinstance(layer, QuantizedLinear):
+            if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
                 _check_quantized(path, where, name, layer)
     here = {id(tensor) for name, tensor in state.items() if name in shapes}
     # What transformers renames or fuses as it loads (mixtures of experts) has other names here.
@@ -648,12 +651,12 @@ def _check_pivots(path, where: Shards, name: str, layer: nn.Module) -> None:
         raise ValueError(f"{where[name][1]}: tensor {name} does not name {layer.rank} of {layer.out_features} outputs")
 
 
-def _check_quantized(path, where: Shards, name: str, layer: QuantizedLinear) -> None:
+def _check_quantized(path, where: Shards, name: str, layer: QuantizedLinear | QuantizedEmbedding) -> None:
     """Codes, scales and zeros are there, of their dtypes (which loading would cast) and of values that are possible."""
     if layer.zeros is None and f"{name}.zeros" in where:
         raise ValueError(f"{where[f'{name}.zeros'][1]}: tensor {name}.zeros is there, where config.json knows of none")
-    for key, wanted in layer.named_buffers(recurse=False):
-        if key == "weight":
+    for key, wanted in layer.state_dict().items():
+        if key in ("weight", "bias"):
             continue
         if f"{name}.{key}" not in where:
             raise ValueError(f"{path}: tensor '{name}.{key}' is missing")

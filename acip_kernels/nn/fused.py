@@ -91,7 +91,7 @@ def add_matrix(linear: nn.Module, x: Tensor, tensors: list[Tensor], *, forward: 
             return False
         tensors.append(weight)
         return True
-    if kind is QuantizedLinear:
+    if isinstance(linear, QuantizedLinear) and kind.forward is QuantizedLinear.forward:
         for name in ("qweight", "scales", "zeros"):
             tensor = linear._buffers.get(name)
             if tensor is None:

@@ -62,9 +62,10 @@ class AcipVllmConfig(QuantizationConfig):
                 f"vLLM serves a materialized model, and this checkpoint is {acip.kind}: "
                 "cut a size with `acip materialize --size-ratio`, and serve that"
             )
-        if acip.quantized:
+        if acip.quantized or acip.embeddings:
             raise ValueError(
-                "vLLM cannot be given this model's integer weights yet: materialize it without --quantize, "
+                "vLLM cannot be given this model's integer weights yet: materialize it without --quantize and "
+                "--quantize-embeddings, "
                 "or serve it with `acip serve`"
             )
         log.warning("acip_kernels in vLLM is experimental: it is tested against a stand-in, and has not run on a GPU")
