@@ -657,7 +657,7 @@ WRONG = {
     "dense is text": ("low", _quantized(lambda ours: ours.update(dense="x")), "dense must be a list"),
     "quantized is a list": ("low", lambda _, ours: ours.update(quantized=[4]), "an object with bits and dense"),
     "quantized forgotten": ("low", lambda _, ours: ours.pop("quantized"), r"P.weight is \[0\]"),
-    "a version too high": ("low", lambda _, ours: ours.update(format_version=5), "format_version is 5"),
+    "a version too high": ("low", lambda _, ours: ours.update(format_version=6), "format_version is 6"),
 }
 
 
