@@ -37,18 +37,26 @@ docs: $(VENV)/with-docs
 bench: $(VENV)/with-test
 	$(BIN)/python -m bench.training_step $(ARGS)
 
-# Its tests, one shape a kernel under the memory checker where there is one, and what the kernels cost; the CUDA C++
-# kernels too where there is nvcc.
+# Tests of the kernels, one shape of each under the memory checker where there is one, what they cost, a whole model, and
+# the rest of the suite, in this order; what fails does not keep the rest from running. The CUDA C++ kernels too where
+# there is nvcc. GPU_MINUTES: after so many the kernels' benchmark begins no further case.
 NVCC := $(shell command -v nvcc)
+SANITIZER := $(shell command -v compute-sanitizer)
+GPU_MINUTES ?= 4
+KERNEL_TESTS := tests/test_fused_linear_triton.py tests/test_masked_svd_triton.py tests/test_quantized_linear.py tests/test_tune.py
 gpu: $(VENV)/with-test $(if $(NVCC),$(VENV)/with-cuda)
-	$(BIN)/python -m pytest --numprocesses auto
-	$(if $(shell command -v compute-sanitizer),compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest \
-	  tests/test_fused_linear_triton.py tests/test_masked_svd_triton.py -k "siblings or gated or adapters_output",@echo "no compute-sanitizer here")
-	$(if $(and $(NVCC),$(shell command -v compute-sanitizer)),for tool in memcheck racecheck synccheck; do \
+	status=0; \
+	$(BIN)/python -m pytest --numprocesses auto $(KERNEL_TESTS) tests/test_fused_linear_cuda.py || status=1; \
+	$(if $(SANITIZER),compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest $(KERNEL_TESTS) \
+	  -k "siblings_of_mixed or adapters_output or many_tokens_need_no or rows_of_a_longer" || status=1; \
+	$(if $(NVCC),for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest tests/test_fused_linear_cuda.py \
-	  -k "not cpu" || exit 1; done)
-	$(BIN)/python -m bench.kernels_gpu
-	$(BIN)/python -m bench.training_step --device cuda --dtype bfloat16 --layer-tokens 4096 $(ARGS)
+	  -k "not cpu" || status=1; done;),echo "no compute-sanitizer here";) \
+	$(BIN)/python -m bench.kernels_gpu --minutes $(GPU_MINUTES) || status=1; \
+	$(BIN)/python -m bench.generate --device cuda || status=1; \
+	$(BIN)/python -m pytest --numprocesses auto || status=1; \
+	$(BIN)/python -m bench.training_step --device cuda --dtype bfloat16 --layer-tokens 4096 $(ARGS) || status=1; \
+	exit $$status
 
 $(VENV)/with-torch:
 	$(PYTHON) -c "import sys; sys.exit('Python 3.10 or newer is needed: make PYTHON=...' if sys.version_info < (3, 10) else 0)"

@@ -339,7 +339,7 @@ def materialize(
         str | None, typer.Option(help="Of a compact or published checkpoint: where its base model is now.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Keep the factorized layers' weights as int8 or int4.", show_default=False)
+        str | None, typer.Option(help="Keep the factorized layers' weights as int8, int4 or fp8.", show_default=False)
     ] = None,
     quantize_group: Annotated[
         int, typer.Option(help="Numbers of a row that share a scale: 32, 64 or 128 (int4).")

@@ -216,6 +216,7 @@ class Device:
     float32 sums, and float32 multiply-adds, operations a second (two for a multiply-add). shared_bytes: that a block
     may have. threads: that a multiprocessor holds. gap: seconds between two launches of which one waits for the other,
     in a graph; pdl_gap: with programmatic dependent launch, None where there is none. target: what Triton compiles for.
+    fp8: whether it has instructions that make halves of two e4m3 numbers (`ops.quantize`); others do it bit by bit.
     """
 
     name: str
@@ -228,20 +229,22 @@ class Device:
     gap: float
     pdl_gap: float | None
     target: str
+    fp8: bool = False
 
 
 # NVIDIA: "A100 Tensor Core GPU Architecture" and "H100 Tensor Core GPU Architecture" (SXM parts), the datasheets of
 # H200 and L40S, and the "Ada GPU Architecture" paper (RTX 4090; tensor rates with float32 sums); shared memory and
-# threads from the CUDA C++ programming guide's table of compute capabilities. AMD: the MI300X datasheet and the CDNA 3
-# paper. The gaps are assumed, not published and not measured yet.
+# threads from the CUDA C++ programming guide's table of compute capabilities; e4m3 from sm_89 on by the PTX manual's
+# `cvt.f16x2.e4m3x2`. AMD: the MI300X datasheet and the CDNA 3 paper; its e4m3 is another one (e4m3fnuz: another bias,
+# no negative zero). The gaps are assumed, not published and not measured yet.
 DEVICES = {
     device.name: device
     for device in (
         Device("A100", 108, 2.039e12, 312e12, 19.5e12, 163 << 10, 2048, 2e-6, None, "sm_80"),
-        Device("H100", 132, 3.35e12, 989e12, 66.9e12, 227 << 10, 2048, 2e-6, 0.7e-6, "sm_90"),
-        Device("H200", 132, 4.8e12, 989e12, 66.9e12, 227 << 10, 2048, 2e-6, 0.7e-6, "sm_90"),
-        Device("L40S", 142, 0.864e12, 362e12, 91.6e12, 99 << 10, 1536, 2e-6, None, "sm_89"),
-        Device("RTX 4090", 128, 1.008e12, 165e12, 82.6e12, 99 << 10, 1536, 2e-6, None, "sm_89"),
+        Device("H100", 132, 3.35e12, 989e12, 66.9e12, 227 << 10, 2048, 2e-6, 0.7e-6, "sm_90", True),
+        Device("H200", 132, 4.8e12, 989e12, 66.9e12, 227 << 10, 2048, 2e-6, 0.7e-6, "sm_90", True),
+        Device("L40S", 142, 0.864e12, 362e12, 91.6e12, 99 << 10, 1536, 2e-6, None, "sm_89", True),
+        Device("RTX 4090", 128, 1.008e12, 165e12, 82.6e12, 99 << 10, 1536, 2e-6, None, "sm_89", True),
         Device("MI300X", 304, 5.3e12, 1307e12, 163.4e12, 64 << 10, 2048, 4e-6, None, "gfx942"),
     )
 }
@@ -269,12 +272,14 @@ def device_of(device: torch.device) -> Device:
         shared_bytes=getattr(found, "shared_memory_per_block_optin", 48 << 10),
         threads=found.max_threads_per_multi_processor,
         pdl_gap=DEVICES["H100"].pdl_gap if torch.version.cuda and found.major >= 9 else None,
+        fp8=bool(torch.version.cuda) and (found.major, found.minor) >= (8, 9),
     )
 
 
 # Of a weight: (rows, columns, kind, group), the kind as `ops.fused_linear` numbers them.
 Weight = tuple[int, int, int, int]
-_BITS = {1: 8, 2: 4, 3: 4}  # of a kind; plain ones are as wide as the activations
+_BITS = {1: 8, 2: 4, 3: 4, 4: 8}  # of a kind; plain ones are as wide as the activations
+_INT4 = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,17 +319,17 @@ def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[We
         return "tiles and warps must be powers of two"
     if tokens > 1 and (config.rows < 16 or config.k < 32):
         return "tensor cores take tiles of at least 16 rows and 32 columns"
-    quantized = any(kind >= 2 for _, _, kind, _ in weights)
-    if quantized and config.k != 64:
+    packed = any(kind in _INT4 for _, _, kind, _ in weights)
+    if packed and config.k != 64:
         return "int4 is read 64 columns at a time"
     threads = 32 * config.warps
     if threads > 1024:
         return "a program has up to 32 warps"
-    elements = config.rows * (32 if quantized else config.k) / threads
+    elements = config.rows * (32 if packed else config.k) / threads
     if elements > 64:
         return "a tile of more than 64 elements a thread does not stay in registers"
     # Of two bytes, or of one: what float32 is has twice as much.
-    if elements * (2 if any(kind == 0 for _, _, kind, _ in weights) else 1) < (1 if quantized else 16):
+    if elements * (2 if any(kind == 0 for _, _, kind, _ in weights) else 1) < (1 if packed else 16):
         return "a thread would read less than 16 bytes at a time"
     if config.splits > 1 and not split:
         return "only first factors are split"
@@ -537,4 +542,188 @@ def explain_decode(device: Device, tokens: int, weights, *, split: bool = False,
     for _, seconds, config, reason in sorted(rows, key=lambda row: row[:2]):
         text = reason or f"{seconds * 1e6:.2f} µs{'  <- chosen' if config == chosen else ''}"
         lines.append(f"rows {config.rows:3d}  k {config.k:3d}  splits {config.splits:2d}  warps {config.warps}  {text}")
+    return "\n".join(lines)
+
+
+# ---- products of many tokens on a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product `[tokens, depth] × [depth, columns]` of numbers of `itemsize` bytes.
+
+    kind, group: of the second factor, as `Weight` has them. Of a weight that its input meets, columns are its rows and
+    depth its columns; of one that a gradient meets, the other way round.
+    """
+
+    tokens: int
+    columns: int
+    depth: int
+    itemsize: int
+    kind: int = 0
+    group: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductConfig:
+    """How `ops.triton_products` cuts a product: a block makes `[block_tokens, block_columns]` in steps of `block_k`.
+
+    num_warps of them make a block; num_stages tiles of each factor are on their way to it, or there.
+    """
+
+    block_tokens: int
+    block_columns: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def shared(self, product: Product) -> int:
+        """Bytes of shared memory that a block takes at most, on any target."""
+        # Hopper's product reads a stage that the older ones have copied to registers: they need one less.
+        tile = self.block_columns * self.block_k
+        factors = self.num_stages * (self.block_tokens * self.block_k + tile) * product.itemsize
+        if product.kind:
+            # Once more, as numbers; and int4's scales and zeros travel beside the codes.
+            factors += tile * product.itemsize + (self.num_stages * 3 * tile if product.kind in _INT4 else 0)
+        # Singular values and masks travel with the factors' tiles, or a row's scales.
+        scales = self.num_stages * 3 * self.block_k * 4
+        # The results change their layout between threads on their way out, when the factors' tiles are used up;
+        # rows are padded against bank conflicts.
+        results = self.block_tokens * (self.block_columns + 8) * 4
+        return max(factors + scales, results)
+
+    def why_not(self, product: Product, device: Device) -> str | None:
+        """What keeps the kernels from running this, or None: the one rule of launch, choice and tests."""
+        sizes = self.block_tokens, self.block_columns, self.block_k, self.num_warps
+        if any(size < 1 or size & (size - 1) for size in sizes):
+            return "blocks and warps must be powers of two"
+        if self.num_warps > 16 or self.num_stages < 1:
+            return "a block has up to 16 warps, and a stage at least"
+        leasts = 16, 16, 32 if product.kind else 16
+        for block, least, size in zip(sizes, leasts, (product.tokens, product.columns, product.depth)):
+            if block < least:
+                return f"tensor cores take blocks of 16 and more, and quantized weights go {leasts[2]} deep at least"
+            if block > least and block >= 2 * size:
+                return "a block would be padding for more than half"
+        # A thread has 255 registers. With 128 sums in them the backward pass, that needs z beside h, spills 64 to 184
+        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 64.
+        threads = 32 * self.num_warps
+        sums, most = self.block_tokens * self.block_columns // threads, 128 // product.itemsize
+        if not 4 <= sums <= most:
+            return f"a thread adds up 4 to {most} sums, not {sums}"
+        # A step's z passes through registers to be scaled, and without stages, or on AMD, all that is loaded does.
+        loaded = (self.block_tokens + self.block_columns) * self.block_k // threads
+        if loaded > 64:
+            return f"a thread loads up to 64 numbers a step, not {loaded}"
+        if (needed := self.shared(product)) > device.shared_bytes:
+            return f"a block needs {needed} bytes of shared memory and {device.name} has {device.shared_bytes}"
+        return None
+
+
+# What is thought of: block_tokens, block_columns, block_k, num_warps, num_stages.
+_PRODUCT_CONFIGS = ((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4))
+
+
+def product_configs(product: Product, device: Device) -> Iterator[ProductConfig]:
+    """Every legal configuration out of those that can be of use."""
+    sizes = product.tokens, product.columns, product.depth
+    # The rule would find those that are mostly padding as well, but they are many.
+    blocks = [[b for b in some if b < max(2 * size, 33)] for some, size in zip(_PRODUCT_CONFIGS, sizes)]
+    for chosen in itertools.product(*blocks, *_PRODUCT_CONFIGS[3:]):
+        config = ProductConfig(*chosen)
+        if config.why_not(product, device) is None:
+            yield config
+
+
+# A block's start, the first tiles' way from memory and the last results' way back, about.
+_BLOCK_SECONDS = 1e-6
+
+
+def product_seconds(config: ProductConfig, product: Product, device: Device) -> float:
+    """How long a roofline model lets it take: rounds of blocks, each bound by arithmetic or by what it loads.
+
+    Tiles come from the L2 cache, which is taken for twice as fast as memory; a multiprocessor holds one block.
+    """
+    blocks = -(-product.tokens // config.block_tokens) * -(-product.columns // config.block_columns)
+    steps = -(-product.depth // config.block_k)
+    # A multiprocessor has four schedulers with a tensor core each, and a warp belongs to one of them.
+    rate = (device.matrix_rate if product.itemsize == 2 else device.vector_rate) * min(config.num_warps, 4) / 4
+    operations = 2 * config.block_tokens * config.block_columns * config.block_k
+    # Part of a cache line takes as long as all of it.
+    loads = config.block_tokens * max(config.block_k * product.itemsize, 128)
+    loads += config.block_columns * max(config.block_k * _BITS.get(product.kind, 8 * product.itemsize) / 8, 128)
+    step = max(operations / rate, loads / (2 * device.bandwidth)) * device.multiprocessors
+    return -(-blocks // device.multiprocessors) * (_BLOCK_SECONDS + steps * step)
+
+
+@functools.lru_cache(maxsize=4096)
+def product_config(product: Product, device: Device) -> ProductConfig:
+    """The legal configuration that `product_seconds` takes for the fastest; of equals one for every scheduler."""
+
+    def cost(config: ProductConfig) -> tuple[float, ...]:
+        sums = config.block_tokens * config.block_columns // (32 * config.num_warps)
+        # Steps of 64 are whole cache lines of two-byte numbers. None of this order has been measured yet.
+        return (
+            product_seconds(config, product, device),
+            config.num_warps < 4,
+            -sums,
+            abs(math.log2(config.block_k / 64)),
+            -config.num_stages,
+        )
+
+    return min(product_configs(product, device), key=cost)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProductPlan:
+    """Who multiplies: "ours", with what stands beside the product fused into it, or "vendor", a pass beside cuBLAS's.
+
+    seconds: what the model gives either.
+    """
+
+    way: str
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.way} ({', '.join(f'{way} {1e6 * time:.1f} µs' for way, time in self.seconds.items())})"
+
+
+# What a product reaches of its datasheet's rate, about.
+_PRODUCT_SHARE = 0.75
+
+
+def product_plan(products: Iterable[Product], device: Device, beside: int) -> ProductPlan:
+    """Whether products with company pay as kernels of ours.
+
+    beside: bytes that passes beside the vendor's products read and write, of what ours have fused. A quantized weight
+    is made a plain one before the vendor's. A product takes the larger of its bytes over bandwidth and its operations
+    over 0.75 of the rate, which is assumed and not measured; ours at least `product_seconds`, as its tiles come from
+    the L2; and a launch each.
+    """
+    ours, vendor = 0.0, beside / device.bandwidth + device.gap * (beside > 0)
+    for p in products:
+        rate = device.matrix_rate if p.itemsize == 2 else device.vector_rate
+        arithmetic = 2 * p.tokens * p.depth * p.columns / (_PRODUCT_SHARE * rate)
+        activations, weight = p.itemsize * p.tokens * (p.depth + p.columns), p.depth * p.columns
+        plain, stored = weight * p.itemsize, weight * _BITS.get(p.kind, 8 * p.itemsize) / 8
+        tiles = product_seconds(product_config(p, device), p, device)
+        ours += max(arithmetic, (activations + stored) / device.bandwidth, tiles) + device.gap
+        vendor += max(arithmetic, (activations + plain) / device.bandwidth) + device.gap
+        if p.kind:
+            vendor += (stored + plain) / device.bandwidth + device.gap
+    return ProductPlan("ours" if ours < vendor else "vendor", {"ours": ours, "vendor": vendor})
+
+
+def explain_product(device: Device, product: Product) -> str:
+    """Every configuration with its predicted microseconds, or why it is not taken: a table for a person."""
+    p, chosen, rows = product, product_config(product, device), []
+    for sizes in itertools.product(*_PRODUCT_CONFIGS):
+        config = ProductConfig(*sizes)
+        reason = config.why_not(p, device)
+        rows.append((0.0 if reason else product_seconds(config, p, device), config, reason))
+    lines = [f"{device.name}, {p.tokens} tokens, {p.depth} deep, {p.columns} columns"]
+    for seconds, config, reason in sorted(rows, key=lambda row: (row[2] is not None, row[0])):
+        text = reason or f"{seconds * 1e6:.2f} µs{'  <- chosen' if config == chosen else ''}"
+        block = f"{config.block_tokens}×{config.block_columns}×{config.block_k}"
+        lines.append(f"{block:>11}  warps {config.num_warps}  stages {config.num_stages}  {text}")
     return "\n".join(lines)

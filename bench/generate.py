@@ -1,4 +1,4 @@
-"""How fast a whole model decodes on a CPU: `python -m bench.generate`, with `--help` for its parts.
+"""How fast a whole model decodes: `python -m bench.generate`, on a GPU with `--device cuda`; see `--help`.
 
 Greedy decoding of a SmolLM2-135M and of a model of a 1B-class llama's shape, by transformers' own `generate` and by
 this package's compiled loop (`acip_kernels.generation`), dense and at several sizes:
@@ -9,10 +9,17 @@ this package's compiled loop (`acip_kernels.generation`), dense and at several s
 What the weights are does not change what they cost, so this is about speed alone: factors are random numbers, of the
 rank that the size gives every layer alike, and all variants of a model share its embedding, head and norms. What
 compression does to a model's quality is measured by `bench.quality`.
+
+On a GPU it is a model of Llama-3.1-8B's shape, of random weights unless `--checkpoint` names one, and three loops:
+stock `generate`; the same with a static cache, which transformers compiles (`torch.compile(mode="reduce-overhead")`);
+and one step of a static cache captured as a CUDA graph. Layers take our Triton kernels where `acip tune` has found them
+to be faster on this GPU; where it has not been run, everywhere, and the result says so. A case that fails is written
+down.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -20,7 +27,7 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
@@ -35,16 +42,19 @@ from acip_kernels.generation import Decoder
 from acip_kernels.models.fuse import is_fused
 from acip_kernels.models.targets import linear_layers
 from acip_kernels.ops import extension
+from acip_kernels.ops.fused_linear import measured
 
 from .decode_cpu import quantized, rank_at
 from .training_step import ROOT, markdown, peak_bytes
 
 SMOL, LLAMA = "SmolLM2-135M", "Llama-3.2-1B's shape, random weights"
-MODELS = {"smol": SMOL, "llama": LLAMA}
+LLAMA_8B = "Llama-3.1-8B's shape, random weights"
+MODELS = {"smol": SMOL, "llama": LLAMA, "llama8b": LLAMA_8B}
 RATIOS = (0.8, 0.6, 0.4)
 GENERATE, COMPILED = "generate", "compiled loop"
 DENSE, DENSE_FUSED, TWO = "dense", "dense, fused", "two F.linear"
 OURS, FUSED, INT8, INT4 = "ours", "ours, fused", "ours, fused, int8", "ours, fused, int4"
+STATIC, GRAPH = "generate, static cache", "CUDA graph"
 PROMPT, NEW_TOKENS = 16, 64
 # Compiling takes most of the time here: these are compiled at every size, the others at the smallest alone.
 COMPILED_EVERYWHERE = (FUSED, INT4)
@@ -59,34 +69,42 @@ def smol() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(data.demo_model(), dtype=torch.bfloat16)
 
 
-def llama() -> nn.Module:
-    """The shape of Llama-3.2-1B."""
+def llama(device="cpu", **changes) -> nn.Module:
+    """The shape of Llama-3.2-1B, or of another llama by what is changed of its config."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-        dtype=torch.bfloat16,
-    )
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+        "dtype": torch.bfloat16,
+    }
+    config = LlamaConfig(**sizes | changes)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = model.to(config.dtype).to_empty(device=device)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else nn.init.ones_(parameter)
     model.tie_weights()
     # to_empty has left the rotations' frequencies, which are in no file, as they were.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model
 
 
-BUILDERS = {SMOL: smol, LLAMA: llama}
+EIGHT_B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+}
+BUILDERS = {SMOL: smol, LLAMA: llama, LLAMA_8B: lambda device="cpu": llama(device, **EIGHT_B)}
 
 
 class TwoLinear(nn.Module):
@@ -119,7 +137,7 @@ def variants_at(model: nn.Module, ratio: float) -> dict[str, nn.Module]:
 
     def factors(out: int, in_: int) -> LowRankLinear:
         rank = rank_at(ratio, out, in_)
-        layer = LowRankLinear(in_, out, rank, bias=False, dtype=torch.bfloat16)
+        layer = LowRankLinear(in_, out, rank, bias=False, device=model.device, dtype=model.dtype)
         return layer.requires_grad_(False)
 
     layers = {name: factors(*layer.weight.shape) for name, layer in linear_layers(model)[0].items()}
@@ -127,7 +145,7 @@ def variants_at(model: nn.Module, ratio: float) -> dict[str, nn.Module]:
         TWO: with_layers(model, lambda name: TwoLinear(layers[name])),
         OURS: with_layers(model, lambda name: layers[name]),
     }
-    if extension.available():
+    if extension.available() or model.device.type == "cuda":
         found[FUSED] = acip_kernels.fuse(with_layers(model, lambda name: shared_copy(layers[name])))
         for variant, kind in ((INT8, "int8"), (INT4, "int4")):
             found[variant] = acip_kernels.fuse(
@@ -281,6 +299,166 @@ def times(rates: list[float], base: list[float] | None) -> float | None:
     return None if base is None else statistics.median(own / other for own, other in zip(rates, base))
 
 
+# ---- on a GPU
+
+
+class GraphLoop:
+    """`loop(prompt, new_tokens)`, greedy: a static cache, and a step that the first call captures as a CUDA graph.
+
+    Without a GPU the step is called. Cache and buffers are for `length` tokens.
+    """
+
+    def __init__(self, model: nn.Module, length: int):
+        from transformers import StaticCache
+
+        self.model, self.cache = model, StaticCache(config=model.config, max_cache_len=length)
+        self.token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.position = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        self.graph = None
+
+    def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        return output.logits[:, -1:].argmax(-1)
+
+    def _step(self) -> None:
+        self.token.copy_(self._read(self.token, self.position))
+        self.position.add_(1)
+
+    def _begin(self, prompt: Tensor) -> None:
+        self.cache.reset()
+        length = prompt.shape[1]
+        self.token.copy_(self._read(prompt, torch.arange(length, device=prompt.device)[None]))
+        self.position.fill_(length)
+
+    @torch.no_grad()
+    def __call__(self, prompt: Tensor, tokens: int) -> Tensor:
+        if self.graph is None and prompt.device.type == "cuda":
+            self._begin(prompt)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(2):  # loads what is captured
+                    self._step()
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self._step()
+        step = self._step if self.graph is None else self.graph.replay
+        self._begin(prompt)
+        made = [self.token.clone()]
+        for _ in range(tokens - 1):
+            step()
+            made.append(self.token.clone())
+        return torch.cat([prompt, *made], 1)
+
+
+class _Everywhere:
+    """In the place of a table that `acip tune` has not measured: our kernels, as `plan` configures them."""
+
+    tokens = (1, 16)
+
+    def pays(self, graph: bool) -> bool:
+        return True
+
+    def is_faster(self, problem, graph: bool) -> bool:
+        return True
+
+    def config(self, launch) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def kernels_everywhere() -> Iterator[None]:
+    held, measured.table = measured.table, lambda device: _Everywhere() if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        measured.table = held
+
+
+def bench_gpu(model: nn.Module, name: str, ratios, tokens: int, rounds: int, only, say) -> dict:
+    """`{"model", "rows", "errors"}` on the device of `model`."""
+    device, length = model.device, PROMPT + tokens + 4
+    prompt = torch.randint(3, model.config.vocab_size, (1, PROMPT), device=device)
+    rows, errors = [], []
+    model.eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None  # every run decodes as many tokens
+
+    def cases_of_variant(variant: str, ratio: float | None, built: nn.Module) -> list[Case]:
+        def stock(prompt: Tensor, tokens: int, **options) -> Tensor:
+            options |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "pad_token_id": 0}
+            return built.generate(prompt, do_sample=False, **options)
+
+        def static(prompt: Tensor, tokens: int) -> Tensor:
+            return stock(prompt, tokens, cache_implementation="static")
+
+        def synchronized(decode: Callable) -> Callable:
+            def run(prompt: Tensor, tokens: int) -> Tensor:
+                found = decode(prompt, tokens)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                return found
+
+            return run
+
+        ways = {GENERATE: stock, STATIC: static, GRAPH: GraphLoop(built, length)}
+        size = stored_bytes(built)
+        return [Case(variant, ratio, loop, size, synchronized(way), is_fused(built)) for loop, way in ways.items()]
+
+    def works(case: Case) -> bool:
+        started = time.perf_counter()
+        try:
+            case.run(prompt, tokens)
+            case.compile_seconds = time.perf_counter() - started
+            case.run(prompt, tokens)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            errors.append({"variant": case.variant, "ratio": case.ratio, "loop": case.loop, "error": text})
+            say(f"{label(case.variant, case.ratio)}, {case.loop} failed: {text}")
+            return False
+        say(f"{label(case.variant, case.ratio)}, {case.loop}: begun in {case.compile_seconds:.1f} s")
+        return True
+
+    dense = [case for case in cases_of_variant(DENSE, None, model) if works(case)]
+    for ratio in ratios:
+        built = variants_at(model, ratio)
+        found = [case for key, one in built.items() if wanted(key, only) for case in cases_of_variant(key, ratio, one)]
+        cases = dense + [case for case in found if works(case)]
+        for case in cases:
+            case.rates = []
+        for number in range(rounds):
+            for case in cases[number % len(cases) :] + cases[: number % len(cases)]:
+                case.rates.append(case.run(prompt, tokens))
+        rows += rows_of(cases, ratio)
+        del built, found, cases
+        gc.collect()
+    return {"model": name, "rows": rows, "profile": {}, "errors": errors}
+
+
+def main_gpu(name: str, checkpoint: str | None, ratios, tokens: int, rounds: int, only, say) -> dict:
+    device = torch.device("cuda")
+    tuned = measured.table(torch.device("cuda", torch.cuda.current_device()))
+    if checkpoint is not None:
+        from transformers import AutoModelForCausalLM
+
+        name, model = checkpoint, AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device)
+    else:
+        model = BUILDERS[name](device)
+    say(
+        f"{name}; "
+        + ("our kernels where acip tune found them faster" if tuned else "our kernels everywhere: not tuned")
+    )
+    with contextlib.nullcontext() if tuned is not None else kernels_everywhere():
+        found = bench_gpu(model, name, ratios, tokens, rounds, only, say)
+    return {
+        "device": report.device_description(device) | {"dtype": "bfloat16"},
+        "setting": {"prompt": PROMPT, "new_tokens": tokens, "rounds": rounds, "tuned": tuned is not None},
+        "models": [found],
+        "targets": [],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
 # ---- where the time goes
 
 # The first kind whose prefix fits has it. Self time only, so nothing counts twice.
@@ -414,8 +592,8 @@ def result_path(device_name: str) -> pathlib.Path:
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help="smol or llama; both if not given.")] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Only this size (repeatable).")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="smol, llama or llama8b; the first two if not given.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Only this size (repeatable); on a GPU 0.5.")] = None,
     loop: Annotated[list[str] | None, typer.Option(help=f"“{GENERATE}” or “{COMPILED}”; both if not given.")] = None,
     variant: Annotated[
         list[str] | None, typer.Option(help="Only this one (repeatable), by its name in the table; all if not given.")
@@ -427,37 +605,39 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")] = 3,
     profiles: Annotated[bool, typer.Option("--profile/--no-profile", help="Where the time goes.")] = True,
     store: Annotated[bool, typer.Option(help="Write the result under bench/results.")] = True,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a dense model, instead of random weights (cuda).", show_default=False)
+    ] = None,
 ):
-    """Tokens a second of whole models on this CPU, dense and compressed, in two decoding loops."""
+    """Tokens a second of whole models, dense and compressed, in several decoding loops."""
 
     def say(text: str) -> None:
         print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
-    if not extension.available():
-        say(f"there are no native kernels here, so nothing is fused or quantized: {extension.missing}")
-    results = [
-        bench(
-            MODELS[name],
-            tuple(ratio or RATIOS),
-            tuple(loop or (GENERATE, COMPILED)),
-            variant,
-            every,
-            tokens,
-            rounds,
-            profiles,
-            say,
-        )
-        for name in model or MODELS
-    ]
-    summary = {
-        "device": report.device_description("cpu")
-        | {"dtype": "bfloat16", "instruction_set": extension.instruction_set()},
-        "setting": {"prompt": PROMPT, "new_tokens": tokens, "rounds": rounds},
-        "models": results,
-        "targets": targets(results),
-        "peak_memory_bytes": peak_bytes(torch.device("cpu")),
-    }
-    for result in results:
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("there is no GPU")
+        name = MODELS[(model or ["llama8b"])[0]]
+        summary = main_gpu(name, checkpoint, tuple(ratio or (0.5,)), tokens, rounds, variant, say)
+    else:
+        if checkpoint is not None:
+            raise typer.BadParameter("--checkpoint goes with --device cuda")
+        if not extension.available():
+            say(f"there are no native kernels here, so nothing is fused or quantized: {extension.missing}")
+        settings = tuple(ratio or RATIOS), tuple(loop or (GENERATE, COMPILED)), variant, every, tokens, rounds, profiles
+        results = [bench(MODELS[name], *settings, say) for name in model or ("smol", "llama")]
+        summary = {
+            "device": report.device_description("cpu")
+            | {"dtype": "bfloat16", "instruction_set": extension.instruction_set()},
+            "setting": {"prompt": PROMPT, "new_tokens": tokens, "rounds": rounds},
+            "models": results,
+            "targets": targets(results),
+            "peak_memory_bytes": peak_bytes(torch.device("cpu")),
+        }
+    for result in summary["models"]:
         print(f"\n{result['model']}\n")
         print(table(result["rows"]))
         if result["profile"]:

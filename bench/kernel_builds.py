@@ -1,18 +1,22 @@
 """What the Triton kernels become on each GPU: `python -m bench.kernel_builds`, on a machine without one.
 
-Every launch that `plan` chooses for the layers of Llama-3.1-8B and Qwen2.5-7B, on every device of its table, is
-compiled ahead of time for that device's machine code, and registers, spills, shared memory and the instructions that
-matter are written down. No time is measured here: there is nothing to run it on.
+Every launch that `plan` chooses for the layers of Llama-3.1-8B and Qwen2.5-7B (of many tokens: Llama's), on every
+device of its table, is compiled ahead of time for that device's machine code, and registers, spills, shared memory and
+the instructions that matter are written down. No time is measured here: there is nothing to run it on. What is stored
+of the same kernels by the same Triton is not compiled again, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import itertools
+import math
 import multiprocessing
 import pathlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
@@ -30,17 +34,18 @@ RESULTS = ROOT / "bench" / "results" / "kernel_builds.json"
 # hidden, outputs of q and of k and v, intermediate, whether q, k and v have a bias
 MODELS = {"Llama-3.1-8B": (4096, 4096, 1024, 14336, False), "Qwen2.5-7B": (3584, 3584, 512, 18944, True)}
 RATIOS = (0.8, 0.5, 0.25)
-TOKENS = (1, 16)
-KINDS = {"bfloat16": op.PLAIN, "int8": op.INT8, "int4": op.INT4_ZEROS}
+TOKENS, MANY = (1, 16), (64, 4096)
+KINDS = {"bfloat16": op.PLAIN, "int8": op.INT8, "int4": op.INT4_ZEROS, "fp8": op.FP8}
 FORMS = {"dense": op.DENSE, "factors": op.FACTORS, "pivoted": op.PIVOTED}
 GROUP = 64
-# What machine code is made for which device: what Triton compiles for sm_89 is sm_80's here.
+# What machine code is made for which device: what Triton compiles for sm_89 is sm_80's, but for fp8's instructions.
 TARGETS = {"sm_89": "sm_80"}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.int32: "*i32",
 }
 
@@ -52,9 +57,9 @@ def meta(shape, dtype) -> torch.Tensor:
 def weight(rows: int, cols: int, kind: int) -> tuple[list[torch.Tensor], tuple[int, int, int]]:
     if kind == op.PLAIN:
         return [meta((rows, cols), torch.bfloat16)], (kind, cols, 0)
-    name = "int8" if kind == op.INT8 else "int4"
+    name = {op.INT8: "int8", op.FP8: "fp8"}.get(kind, "int4")
     tensors = [meta(*spec) for spec in shapes(rows, cols, name, GROUP, kind == op.INT4).values()]
-    return tensors, (kind, cols, 0 if kind == op.INT8 else GROUP)
+    return tensors, (kind, cols, GROUP if name == "int4" else 0)
 
 
 def layer(form: int, out: int, in_: int, ratio: float, kind: int, bias: bool) -> tuple[list[torch.Tensor], list[int]]:
@@ -74,13 +79,20 @@ def layer(form: int, out: int, in_: int, ratio: float, kind: int, bias: bool) ->
     return tensors + ([meta((out,), torch.bfloat16)] if bias else []), spec
 
 
-def problems() -> Iterator[tuple[str, torch.Tensor, list, list, int]]:
-    """`(name, x, tensors, spec, mode)` of every group of layers at every size, form and number."""
+def problems() -> Iterator[tuple[str, Callable[[Device], object]]]:
+    """`(name, what launches it for a device)` of every group of layers at every size, form and number."""
+    yield from few_tokens()
+    yield from many_tokens()
+
+
+def few_tokens() -> Iterator[tuple[str, Callable[[Device], object]]]:
+    from acip_kernels.ops.fused_linear import triton
+
     for (model, (hidden, q, kv, middle, bias)), ratio, tokens, (kind_name, kind), (
         form_name,
         form,
     ) in itertools.product(MODELS.items(), RATIOS, TOKENS, KINDS.items(), FORMS.items()):
-        if form == op.DENSE and ratio != RATIOS[0]:
+        if ratio != (RATIOS[0] if form == op.DENSE else 0.5 if kind == op.FP8 else ratio):
             continue
         groups = {
             "o": ([(hidden, q, False)], op.CONCATENATE),
@@ -91,8 +103,57 @@ def problems() -> Iterator[tuple[str, torch.Tensor, list, list, int]]:
             made = [layer(form, out, in_, ratio, kind, biased) for out, in_, biased in members]
             tensors = [tensor for some, _ in made for tensor in some]
             spec = [number for _, some in made for number in some]
-            name = f"{model} {group} {form_name} {kind_name} {ratio:g} {tokens}"
-            yield name, meta((tokens, members[0][1]), torch.bfloat16), tensors, spec, mode
+            x = meta((tokens, members[0][1]), torch.bfloat16)
+
+            def call(device, x=x, tensors=tensors, spec=spec, mode=mode):
+                return triton.forward(x, tensors, spec, mode, device=device)
+
+            yield f"{model} {group} {form_name} {kind_name} {ratio:g} {tokens}", call
+
+
+def many_tokens() -> Iterator[tuple[str, Callable[[Device], object]]]:
+    """Of Llama's layers at half their size: masked products, by either way; quantized and pivoted ones."""
+    from acip_kernels.ops import triton_products as kernels
+    from acip_kernels.ops.fused_linear import prefill, triton
+
+    def numbers(*shape):
+        return meta(shape, torch.bfloat16)
+
+    ratio, model = 0.5, next(iter(MODELS))
+    hidden, q, _, middle, _ = MODELS[model]
+    for tokens, (kind_name, kind) in itertools.product(MANY, KINDS.items()):
+        for name, out, in_ in (("o", hidden, q), ("up", middle, hidden), ("down", hidden, middle)):
+            tensors, spec = layer(op.FACTORS, out, in_, ratio, kind, False)
+            (factors,), rank = triton.read_layers(tensors, spec), tensors[0].shape[0]
+            S = meta((rank,), torch.float32)
+
+            def masked(_, tokens=tokens, out=out, rank=rank, S=S, factors=factors, kind=kind):
+                kernels.forward_product(numbers(tokens, rank), factors.second, S, S, numbers(out))
+                kernels.backward_product(numbers(tokens, out), factors.second, numbers(tokens, rank), S, S)
+                if kind == op.PLAIN:
+                    kernels.scale(numbers(tokens, rank), S, S)
+                    kernels.scale_and_reduce(*[numbers(tokens, rank)] * 2, S, S, 1.0)
+
+            def joined(_, tokens=tokens, out=out, rank=rank, S=S):  # an adapter of rank 32
+                U, z = numbers(out, rank + 32), numbers(tokens, rank + 32)
+                kernels.forward_product(z, U, S, S, None, 32)
+                kernels.backward_product(numbers(tokens, out), U, z, S, S, 1.0, 32)
+
+            def linear(_, tokens=tokens, in_=in_, rank=rank, factors=factors):
+                kernels.forward_product(numbers(tokens, in_), factors.first)
+                kernels.backward_product(numbers(tokens, rank), factors.first)
+
+            def pivoted(_, tokens=tokens, out=out, in_=in_, kind=kind):
+                tensors, spec = layer(op.PIVOTED, out, in_, ratio, kind, False)
+                prefill.pivoted(numbers(tokens, in_), *triton.read_layers(tensors, spec), numbers(tokens, out), "ours")
+
+            about = f"{model} {name} {kind_name} {tokens}"
+            yield f"masked {about}", masked
+            yield f"pivoted {about}", pivoted
+            if kind == op.PLAIN:
+                yield f"adapter {about}", joined
+            else:
+                yield f"linear {about}", linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +165,17 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     warps: int
+    stages: int
+    registers: int | None
 
     def build(self) -> aot.Build:
+        from acip_kernels.ops import triton_products
         from acip_kernels.ops.fused_linear import triton
 
+        kernel = getattr(triton, self.kernel, None) or getattr(triton_products, self.kernel)
+        options = {} if self.registers is None else {"maxnreg": self.registers}
         return aot.build(
-            getattr(triton, self.kernel),
-            dict(self.signature),
-            dict(self.constants),
-            self.target,
-            self.warps,
-            1,
-            **({"maxnreg": triton.MOST_REGISTERS} if self.target.startswith("sm_") else {}),
+            kernel, dict(self.signature), dict(self.constants), self.target, self.warps, self.stages, **options
         )
 
     def row(self) -> dict:
@@ -125,52 +185,65 @@ class Launch:
             "target": self.target,
             "kernel": self.kernel,
             "warps": self.warps,
+            "stages": self.stages,
             "constants": " ".join(f"{name}={value}" for name, value in sorted(constants.items())),
             "arguments": " ".join(kind for _, kind in self.signature),
         }
 
 
+NUMBERS = ("registers", "spills", "shared", "matrix", "loads_128", "async_loads_128", "stores_128", "instructions")
+
+
 def measured(launch: Launch) -> dict:
-    """What `launch` becomes, in numbers."""
+    """What `launch` becomes, in numbers; wgmma: of the matrix instructions, those of Hopper."""
     build = launch.build()
-    return {
-        name: getattr(build, name) for name in ("registers", "spills", "shared", "matrix", "loads_128", "instructions")
-    }
+    return {name: getattr(build, name) for name in NUMBERS} | {"wgmma": build.count(r"[A-Z]GMMA(\..*)?")}
 
 
 def type_of(argument) -> str:
     """As Triton would specialize it: pointers are taken to be aligned, as torch's allocators make them."""
     if isinstance(argument, torch.Tensor):
         return f"{_POINTERS[argument.dtype]}:16"
+    if isinstance(argument, float):
+        return "fp32"
     return "i32:1" if argument == 1 else "i32:16" if argument % 16 == 0 else "i32"
 
 
-def launches(device: Device, x, tensors, spec, mode) -> list[Launch]:
-    """What `fused_linear` would launch on `device`."""
-    from acip_kernels.ops.fused_linear import triton
+def launches(device: Device, call: Callable[[Device], object]) -> list[Launch]:
+    """What `call` would launch on `device`."""
+    from acip_kernels.ops import triton_products
 
     seen = []
 
-    def record(kernel, grid, *arguments, num_warps, num_stages=1, launch_pdl=False, **constants):
+    def record(
+        kernel, grid, x, *arguments, num_warps, num_stages=1, launch_pdl=False, maxnreg=None, **constants
+    ):  # fmt: skip
         names = [name for name in kernel.arg_names if name not in constants]
-        signature = tuple((name, type_of(value)) for name, value in zip(names, arguments, strict=True))
-        target = TARGETS.get(device.target, device.target)
-        seen.append(Launch(target, kernel.__name__, signature, tuple(constants.items()), num_warps))
+        values = dict(zip(names, arguments, strict=True))
+        constants |= {name: None for name, value in values.items() if value is None}
+        signature = tuple((name, type_of(value)) for name, value in values.items() if value is not None)
+        fp8 = any(name.startswith("KIND") and value == triton_products.FP8 for name, value in constants.items())
+        target = device.target if fp8 else TARGETS.get(device.target, device.target)
+        registers = maxnreg if target.startswith("sm_") else None
+        seen.append(
+            Launch(target, kernel.__name__, signature, tuple(constants.items()), num_warps, num_stages, registers)
+        )
 
-    original, triton.launch = triton.launch, record
+    kept = triton_products.launch, triton_products._device
+    triton_products.launch, triton_products._device = record, lambda _: device
     try:
-        triton.forward(x, tensors, spec, mode, device=device)
+        call(device)
     finally:
-        triton.launch = original
+        triton_products.launch, triton_products._device = kept
     return seen
 
 
 def every_launch() -> dict[Launch, list[str]]:
     """Each different launch, with the problems that need it."""
     found: dict[Launch, list[str]] = {}
-    for name, *problem in problems():
+    for name, call in problems():
         for device in DEVICES.values():
-            for launch in launches(device, *problem):
+            for launch in launches(device, call):
                 found.setdefault(launch, []).append(f"{device.name}: {name}")
     return found
 
@@ -188,37 +261,76 @@ def table(rows: list[dict]) -> str:
 
     groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
-        tokens = "2–16 tokens" if "DOT=True" in row["constants"] else "one token" if "DOT" in row["constants"] else ""
-        groups.setdefault((row["kernel"].removesuffix("_kernel"), tokens, row["target"]), []).append(row)
-    for (kernel, tokens, target), some in sorted(groups.items()):
+        constants = f" {row['constants']} "
+        what = "2–16 tokens" if "DOT=True" in constants else "one token" if "DOT=" in constants else ""
+        if " KIND=" in constants:
+            what = "many tokens" if " KIND=0 " in constants else "many tokens, quantized"
+        groups.setdefault((row["kernel"].removesuffix("_kernel"), what, row["target"]), []).append(row)
+    for (kernel, what, target), some in sorted(groups.items()):
         cells = [
             span([row["registers"] for row in some]),
             span([row["spills"] for row in some]),
             span([round(row["shared"] / 1024, 1) for row in some]),
             f"{sum(row['matrix'] > 0 for row in some)} of {len(some)}",
-            f"{sum(row['loads_128'] > 0 for row in some)} of {len(some)}",
+            f"{sum(row['loads_128'] + row['async_loads_128'] > 0 for row in some)} of {len(some)}",
         ]
-        name = f"{kernel}, {tokens}" if tokens else kernel
+        name = f"{kernel}, {what}" if what else kernel
         lines.append(f"| {name} | {target} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def main(store: Annotated[bool, typer.Option(help="Write the result under bench/results.")] = True):
+def sources() -> str:
+    """Of all kernels: what is stored for another text of theirs is of no use."""
+    import triton
+
+    from acip_kernels.ops import triton_products
+    from acip_kernels.ops.fused_linear import triton as decode
+
+    functions = {
+        f.__name__: f.src
+        for m in (triton_products, decode)
+        for f in vars(m).values()
+        if isinstance(f, triton.JITFunction)
+    }
+    return hashlib.sha256(repr(sorted(functions.items())).encode()).hexdigest()
+
+
+def key(row: dict) -> tuple:
+    return tuple(row[name] for name in ("target", "kernel", "warps", "stages", "constants", "arguments"))
+
+
+def main(
+    store: Annotated[bool, typer.Option(help="Write the result under bench/results.")] = True,
+    minutes: Annotated[float, typer.Option(help="Stop after so long; run again to go on.")] = math.inf,
+    again: Annotated[bool, typer.Option("--again", help="Compile what is stored as well.")] = False,
+):
     """Compile every kernel for every configuration that `plan` chooses on its devices; a second each."""
+    import triton as compiler
     from rich.progress import track
 
-    rows, found = [], every_launch()
+    deadline, about = time.monotonic() + 60 * minutes, report.device_description()  # of the machine that compiles
+    header = {"triton": compiler.__version__, "torch": about["torch"], "date": about["date"], "sources": sources()}
+    stored = files.read_json(RESULTS) if RESULTS.exists() and not again else {}
+    same = all(stored.get(name) == header[name] for name in ("triton", "sources"))
+    known = {key(row): row for row in stored["rows"]} if same else {}
+    found = every_launch()
+    rows = {launch: known.get(key(launch.row())) for launch in found}
+    todo = [launch for launch, row in rows.items() if row is None]
+    typer.echo(f"{len(found)} launches, {len(found) - len(todo)} of them known")
     with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        builds = pool.map(measured, found)
-        for (launch, needed), numbers in track(zip(found.items(), builds), "compiling", total=len(found)):
-            rows.append(launch.row() | numbers | {"problems": len(needed)})
-    import triton as compiler
-
-    about = report.device_description()  # of the machine that compiled; the code is of others
-    result = {"triton": compiler.__version__, "torch": about["torch"], "date": about["date"], "rows": rows}
+        # A few at a time, so that little is lost when time is up.
+        batches = [todo[i : i + 16] for i in range(0, len(todo), 16)]
+        for batch in track(batches, "compiling", total=len(batches)):
+            if time.monotonic() > deadline:
+                break
+            for launch, numbers in zip(batch, pool.map(measured, batch)):
+                rows[launch] = launch.row() | numbers
+    made = [row | {"problems": len(found[launch])} for launch, row in rows.items() if row is not None]
     if store:
-        files.write_json(RESULTS, result)
-    typer.echo(table(rows))
+        files.write_json(RESULTS, header | {"rows": made})
+    if len(made) < len(found):
+        typer.echo(f"{len(found) - len(made)} launches are left: run it again")
+    typer.echo(table(made))
 
 
 if __name__ == "__main__":

@@ -177,8 +177,12 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             "in turns, microseconds and × dense.\n"
         )
         parts.append(kernels_gpu.targets_table(found["targets"]))
-        for kind in dict.fromkeys(row["kind"] for row in found["rows"]):
-            parts.append(kernels_gpu.table([row for row in found["rows"] if row["kind"] == kind]))
+        kinds = dict.fromkeys(
+            (row["kind"], row["what"], row["tokens"] <= max(kernels_gpu.FEW)) for row in found["rows"]
+        )
+        for kind in kinds:
+            some = [r for r in found["rows"] if (r["kind"], r["what"], r["tokens"] <= max(kernels_gpu.FEW)) == kind]
+            parts.append(kernels_gpu.table(some))
     if not measured:
         parts.append("`python -m bench.kernels_gpu`, which `make gpu` runs, measures them against these targets:\n")
         parts.append(kernels_gpu.targets_table(kernels_gpu.targets([])))

@@ -9,6 +9,7 @@ from operators import assert_within, error_bound
 from acip_kernels.ops.fused_linear import op, reference
 
 KINDS = {"plain": op.PLAIN, "int8": op.INT8, "int4": op.INT4, "int4 with zeros": op.INT4_ZEROS}
+TRITON_KINDS = KINDS | {"fp8": op.FP8}
 
 
 def arguments(layers):
@@ -29,7 +30,7 @@ class Matrix:
 
     def __init__(self, generator, rows, cols, kind, dtype, group=32):
         self.rows, self.cols = rows, cols
-        self.spec = [kind, cols, group if kind >= op.INT4 else 0]
+        self.spec = [kind, cols, group if kind in (op.INT4, op.INT4_ZEROS) else 0]
         if kind == op.PLAIN:
             self.tensors = [operators.numbers(generator, rows, cols, dtype=dtype)]
             self.values = self.tensors[0].double()
@@ -37,6 +38,13 @@ class Matrix:
         if kind == op.INT8:
             codes = torch.randint(-127, 128, (rows, cols), generator=generator, dtype=torch.int8)
             scales = torch.rand(rows, generator=generator) / 127 + 1e-3
+            self.tensors, self.values = [codes, scales], codes.double() * scales.double()[:, None]
+            return
+        if kind == op.FP8:
+            # Every code but the two NaNs, each as likely.
+            codes = torch.randint(0, 254, (rows, cols), generator=generator)
+            codes = (codes + (codes >= 127)).to(torch.uint8).view(torch.float8_e4m3fn)
+            scales = torch.rand(rows, generator=generator) / 448 + 1e-3
             self.tensors, self.values = [codes, scales], codes.double() * scales.double()[:, None]
             return
         groups, blocks = -(-cols // group), -(-cols // 64)

@@ -7,13 +7,13 @@ import itertools
 import deployed
 import pytest
 import torch
-from deployed import KINDS, MLP_FORMS, Layer, arguments, check_gated_mlp, exact, inputs
+from deployed import MLP_FORMS, TRITON_KINDS, Layer, arguments, check_gated_mlp, exact, inputs
 from operators import assert_within
 
 pytest.importorskip("triton")
 
 from acip_kernels.ops import lowrank_linear
-from acip_kernels.ops.fused_linear import op, triton
+from acip_kernels.ops.fused_linear import op, prefill, triton
 from acip_kernels.ops.pivot_linear.op import pivot_linear
 from acip_kernels.plan import DEVICES, DecodeConfig, decode_config
 
@@ -31,13 +31,13 @@ def fused(x, layers, mode=op.CONCATENATE, config=None):
 
 
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRITON_KINDS)
 @pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
 def test_every_form_and_number_against_float64(form, kind, dtype):
     for number, (in_, out, rank) in enumerate(SHAPES):
         layer = Layer(
-            form, in_, out, rank, dtype, KINDS[kind], s=form == op.FACTORS and number % 2 == 0, bias=number % 3 != 1,
-            group=(32, 64, 128)[number % 3], seed=number,
+            form, in_, out, rank, dtype, TRITON_KINDS[kind], s=form == op.FACTORS and number % 2 == 0,
+            bias=number % 3 != 1, group=(32, 64, 128)[number % 3], seed=number,
         )  # fmt: skip
         for tokens in (1, 5):
             x = inputs(dtype, tokens, in_)
@@ -52,7 +52,7 @@ def test_siblings_of_mixed_forms_and_unequal_ranks(dtype, tokens):
     layers = [
         Layer(op.FACTORS, 70, 90, 33, dtype, seed=1, s=True),
         Layer(op.PIVOTED, 70, 20, 1, dtype, op.INT4_ZEROS, seed=3),
-        Layer(op.DENSE, 70, 20, 0, dtype, op.INT8, seed=2, bias=False),
+        Layer(op.DENSE, 70, 20, 0, dtype, op.INT8 if tokens > 1 else op.FP8, seed=2, bias=False),
     ]
     x = inputs(dtype, tokens, 70)
     for count, order in ((2, (2, 0, 1)), (3, (0, 1, 2)), (3, (1, 2, 0))):
@@ -68,6 +68,85 @@ def test_siblings_of_mixed_forms_and_unequal_ranks(dtype, tokens):
 @pytest.mark.parametrize("forms", MLP_FORMS)
 def test_gated_mlp_and_swiglu(forms, dtype, tokens):
     check_gated_mlp(lambda *arguments: fused(*arguments, SMALL), forms, dtype, tokens, ROUNDINGS)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_eight_bit_floats_are_the_same_with_and_without_instructions_for_them(tokens):
+    layers = [Layer(form, 130, 90, 40, torch.bfloat16, op.FP8) for form in (op.DENSE, op.FACTORS)]
+    tensors, spec = arguments(layers)
+    x = inputs(torch.bfloat16, tokens, 130)
+    arguments_ = x.to(DEVICE), [t.to(DEVICE) for t in tensors], spec, op.CONCATENATE, SMALL
+    by_bits = triton.forward(*arguments_, device=DEVICES["A100"])
+    assert not DEVICES["A100"].fp8 and not DEVICES["MI300X"].fp8 and DEVICES["H100"].fp8 and DEVICES["L40S"].fp8
+    if DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
+        assert torch.equal(triton.forward(*arguments_, device=DEVICES["H100"]), by_bits)
+    assert_within(bounds(layers, x, torch.bfloat16), by_bits.cpu(), exact(x, layers))
+
+
+@pytest.mark.parametrize("device", ["H100", "A100"])
+def test_every_eight_bit_float(device):
+    """One weight a column, and inputs that pick it: all codes, exactly."""
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn)
+    if DEVICE.type == "cuda" and DEVICES[device].fp8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no instructions for them")
+    tensors = [values[None].to(DEVICE), torch.ones(1, device=DEVICE)]
+    rows = [
+        triton.forward(
+            torch.eye(254)[i : i + 16].to(DEVICE), tensors, [op.DENSE, 0, op.FP8, 254, 0], 0, device=DEVICES[device]
+        )
+        for i in range(0, 254, 16)
+    ]
+    assert torch.equal(torch.cat(rows)[:, 0].cpu(), values.float())
+
+
+# ---- more tokens
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", TRITON_KINDS)
+@pytest.mark.parametrize("form", [op.DENSE, op.FACTORS, op.PIVOTED], ids=["dense", "factors", "pivoted"])
+def test_many_tokens_by_either_way_against_float64(form, kind, dtype):
+    for number, (in_, out, rank) in enumerate(((33, 65, 17), (130, 90, 70))):
+        layer = Layer(
+            form, in_, out, rank, dtype, TRITON_KINDS[kind], s=form == op.FACTORS and number == 0, bias=number == 0,
+            group=(32, 64)[number], seed=number,
+        )  # fmt: skip
+        x = inputs(dtype, 17 + 30 * number, in_)
+        tensors, spec = arguments([layer])
+        for way in ("ours", "vendor"):
+            y = prefill.forward(x.to(DEVICE), [t.to(DEVICE) for t in tensors], spec, op.CONCATENATE, way)
+            # Both weights are rounded too, and where the interpreter cuts off, twice as far.
+            limits = deployed.bounds([layer], x, dtype, roundings=ROUNDINGS + 2 * (ROUNDINGS // 3))
+            assert_within(limits, y.cpu(), exact(x, [layer]), f"{in_} → {rank} → {out}, {way}")
+
+
+@pytest.mark.parametrize("forms", MLP_FORMS)
+def test_many_tokens_of_siblings_and_a_gated_mlp(forms):
+    dtype = torch.float32
+    for way in ("ours", "vendor"):
+
+        def many(x, layers, mode, way=way):
+            tensors, spec = arguments(layers)
+            return prefill.forward(x.to(DEVICE), [t.to(DEVICE) for t in tensors], spec, mode, way).cpu()
+
+        check_gated_mlp(many, forms, dtype, 20, ROUNDINGS + 2)
+        layers = [Layer(form, 70, 40, 20, dtype, seed=form, bias=form > 0) for form in forms]
+        x = inputs(dtype, 18, 70)
+        y = many(x.view(2, 9, 70), layers, op.CONCATENATE).view(18, -1)
+        assert_within(bounds(layers, x, dtype), y, exact(x, layers), way)
+
+
+def test_many_tokens_need_no_clearing_and_reruns_are_identical():
+    layer = Layer(op.PIVOTED, 100, 70, 30, torch.bfloat16, op.INT4_ZEROS)
+    tensors, spec = arguments([layer])
+    x, tensors = inputs(torch.bfloat16, 40, 100).to(DEVICE), [t.to(DEVICE) for t in tensors]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (prefill.forward(x, tensors, spec, op.CONCATENATE, "ours") for _ in range(2))
+        assert torch.isfinite(first).all() and torch.equal(first, second)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

@@ -15,16 +15,31 @@ pytest.importorskip("triton")
 
 SAMPLE = """
 import json
+from acip_kernels.ops import aot
 from bench import kernel_builds
 found = kernel_builds.every_launch()
 sample = {}
 for launch in found:  # the last of each kind, which is of the largest layers
     constants = dict(launch.constants)
-    sample[launch.kernel, launch.target, constants.get("DOT"), constants.get("KIND0")] = launch
-builds = [launch.row() | vars(launch.build()) for launch in list(sample.values())[::4]]
+    kind = constants.get("KIND0", constants.get("KIND"))
+    sample[launch.kernel, launch.target, constants.get("DOT"), kind] = launch
+builds = [launch.row() | vars(launch.build()) for launch in list(sample.values())[::6]]
 for row in builds:
     del row["assembly"], row["opcodes"]
-print(json.dumps({"rows": [launch.row() for launch in found], "builds": builds}))
+
+def instructions(kernel, **wanted):
+    # Of a launch on an H100, in their order.
+    for launch in found:
+        constants = dict(launch.constants)
+        if (launch.kernel, launch.target) == (kernel, "sm_90") and wanted.items() <= constants.items():
+            return aot.SASS.findall(launch.build().assembly)
+
+dependent = {
+    "shrink": instructions("shrink_kernel", PDL=True, COUNT=1, KIND0=0, DOT=False),
+    "expand": instructions("expand_kernel", PDL=True, COUNT=1, FORM0=1, KIND0=0, DOT=False),
+}
+keys = [launch.row() for launch in found]
+print(json.dumps({"rows": keys, "builds": builds, "sources": kernel_builds.sources(), "dependent": dependent}))
 """
 
 
@@ -44,11 +59,11 @@ def stored():
     return files.read_json(kernel_builds.RESULTS)["rows"]
 
 
-def key(row):
-    return row["target"], row["kernel"], row["warps"], row["constants"], row["arguments"]
+key = kernel_builds.key
 
 
-def test_the_stored_table_is_of_what_plan_chooses_now(compiled, stored):
+def test_the_stored_table_is_of_these_kernels_and_of_what_plan_chooses_now(compiled, stored):
+    assert files.read_json(kernel_builds.RESULTS)["sources"] == compiled["sources"]
     assert {key(row) for row in compiled["rows"]} == {key(row) for row in stored}
 
 
@@ -59,18 +74,37 @@ def test_nothing_spills_and_shared_memory_suffices(stored):
 
 
 def test_tensor_cores_and_wide_loads(stored):
-    """More than one token goes through tensor cores; plain weights are read 16 bytes at a time."""
+    """More than one token goes through tensor cores; first factors and products are read 16 bytes at a time."""
     for row in stored:
-        if "DOT=True" in row["constants"]:
+        constants = f" {row['constants']} "
+        many = " KIND=" in constants and row["kernel"] in ("forward_kernel", "backward_kernel")
+        if " DOT=True " in constants or many:
             assert row["matrix"] > 0, row
-        if "KIND0=0" in row["constants"] and "stride0" not in row and row["kernel"] == "shrink_kernel":
-            assert row["loads_128"] > 0, row
+        if many or (row["kernel"] == "shrink_kernel" and " KIND0=0 " in constants):
+            assert row["loads_128"] + row["async_loads_128"] > 0, row
+        # Hopper's instructions take 64 tokens and more, and a program of four warps.
+        if many and row["target"] == "sm_90" and row["warps"] >= 4 and " BLOCK_TOKENS=128 " in constants:
+            assert row["wgmma"] > 0, row
 
 
 def test_a_sample_compiled_again_is_as_stored(compiled, stored):
     by_key = {key(row): row for row in stored}
-    assert len(compiled["builds"]) >= 5
+    assert len(compiled["builds"]) >= 8
     for row in compiled["builds"]:
         assert row["spills"] == 0 and row["shared"] <= SHARED_MEMORY[row["target"]]
         # Registers are the compiler's business; another version may take a few more.
         assert abs(row["registers"] - by_key[key(row)]["registers"]) <= 16, row
+
+
+def test_a_dependent_launch_starts_early_reads_weights_and_then_waits(compiled):
+    """In Hopper's machine code: PREEXIT lets the next launch start, ACQBULK waits for the one before, EF streams."""
+    shrink, expand = compiled["dependent"]["shrink"], compiled["dependent"]["expand"]
+
+    def first(names, *parts):
+        return next(i for i, name in enumerate(names) if all(part in name.split(".") for part in parts))
+
+    assert first(shrink, "PREEXIT") < first(shrink, "LDG")
+    assert first(expand, "LDG", "EF", "128") < first(expand, "ACQBULK")
+    assert "ACQBULK" not in shrink and "PREEXIT" not in expand
+    for names in (shrink, expand):  # no atomics: sums are added in one order
+        assert not [name for name in names if name.startswith(("RED", "ATOM"))]

@@ -18,8 +18,9 @@ from acip_kernels.ops.masked_svd_linear.problem import Adapter
 
 pytest.importorskip("triton")
 
+from acip_kernels.ops import triton_products as kernels
 from acip_kernels.ops.masked_svd_linear import op, triton
-from acip_kernels.plan import DEVICES
+from acip_kernels.plan import DEVICES, Product, ProductConfig, product_config, product_configs, product_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
@@ -32,10 +33,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 # Of no use but to cut small problems into several blocks and steps; by hand, as a choice would take one of each.
 CONFIGS = [
-    triton.Config(16, 16, 16, 2, 1),
-    triton.Config(16, 64, 32, 4, 3),
-    triton.Config(64, 16, 16, 4, 2),
-    triton.Config(32, 32, 64, 4, 4),
+    ProductConfig(16, 16, 16, 2, 1),
+    ProductConfig(16, 64, 32, 4, 3),
+    ProductConfig(64, 16, 16, 4, 2),
+    ProductConfig(32, 32, 64, 4, 4),
 ]
 
 
@@ -47,6 +48,16 @@ def fresh_memory_is_nan():
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, params=["ours"])
+def way(request, monkeypatch):
+    """Ours, whatever the plan would choose for problems as small as these; some tests take "vendor" as well."""
+    monkeypatch.setattr(kernels, "pays", lambda *_: request.param == "ours")
+    return request.param
+
+
+both_ways = pytest.mark.parametrize("way", ["ours", "vendor"], indirect=True)
 
 
 def on_device(problem):
@@ -93,6 +104,7 @@ def test_output_and_gradients_against_float64(rank, tokens):
     check(make_problem((tokens,), 65, 37, rank, bias=tokens != 5, seed=rank))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "rank"), [(1, 128), (5, 33), (64, 7), (130, 1), (130, 33)])
 def test_output_and_gradients_in_half_precision(tokens, rank, dtype):
@@ -161,14 +173,14 @@ def test_every_configuration(dtype, adapter_rank, config):
     # Of what a GPU does: z ⊙ s is rounded and the sum of products; or h ⊙ s; or nothing.
     twice = 2 if INTERPRETED and dtype == torch.bfloat16 else 1
 
-    y = triton.forward_product(*on, adapter_rank, 0.3, config).cpu()
+    y = kernels.forward_product(*on, adapter_rank, 0.3, config).cpu()
     magnitude = (z64 * scales).abs() @ U64.abs().t() + bias.double().abs()
     # The scaling of an adapter is rounded to float32 first.
     bound = operators.error_bound(dtype, magnitude, roundings=2 * twice, sums=columns + 3)
     assert_within(bound, y, (z64 * scales) @ U64.t() + bias.double(), "y")
 
     z, U, S, mask, _ = on
-    hs, dmask = triton.backward_product(g.to(DEVICE), U, z, S, mask, SCALE, adapter_rank, 0.3, True, config)
+    hs, dmask = kernels.backward_product(g.to(DEVICE), U, z, S, mask, SCALE, adapter_rank, 0.3, True, config)
     magnitude = g64.abs() @ U64.abs()
     bound = operators.error_bound(dtype, magnitude * scales.abs(), roundings=twice, sums=out + 2)
     assert_within(bound, hs.cpu(), g64 @ U64 * scales, "h ⊙ s")
@@ -177,11 +189,12 @@ def test_every_configuration(dtype, adapter_rank, config):
     bound = operators.error_bound(dtype, absolute[adapter_rank:] * of_mask.abs(), roundings=0, sums=out + tokens + 5)
     assert_within(bound, dmask.cpu(), sums[adapter_rank:] * of_mask, "mask")
 
-    nothing, again = triton.backward_product(g.to(DEVICE), U, z, S, mask, SCALE, adapter_rank, 0.3, False, config)
+    nothing, again = kernels.backward_product(g.to(DEVICE), U, z, S, mask, SCALE, adapter_rank, 0.3, False, config)
     assert nothing is None
     assert_identical((again,), (dmask,))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("drop", [0.0, 0.4])
 @pytest.mark.parametrize("joined", [False, True])
@@ -219,6 +232,7 @@ def test_an_adapter_where_x_needs_no_gradient(joined):
     assert_identical(tuple(others), triton.backward(g, x, z, Vh, U, s, mask, SCALE, adapter)[1:])
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_second_run_gives_the_same_bits(dtype):
     problem = make_problem((10, 13), in_features=65, out_features=33, rank=17, dtype=dtype)
@@ -229,6 +243,7 @@ def test_a_second_run_gives_the_same_bits(dtype):
 
 
 # Up to where z, h and their products overflow: infinities and NaNs, that a product with zero would let through.
+@both_ways
 @pytest.mark.parametrize("size", [0.0, 1e30, math.inf], ids="to {:g}".format)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pruned_entries_have_no_influence_and_no_gradient(dtype, size):
@@ -353,28 +368,28 @@ except RuntimeError as error:
     ids=str,
 )
 def test_a_configuration_that_cannot_run(change, reason):
-    config = triton.Config(block_tokens=128, block_columns=128, block_k=64, num_warps=8, num_stages=3)
-    shape = triton.Shape(200, 100, 300, 2)
+    config = ProductConfig(block_tokens=128, block_columns=128, block_k=64, num_warps=8, num_stages=3)
+    shape = Product(200, 100, 300, 2)
     assert config.why_not(shape, DEVICES["H100"]) is None
     assert reason in dataclasses.replace(config, **change).why_not(shape, DEVICES["H100"])
 
 
 def test_a_configuration_that_cannot_run_is_not_launched():
     z, s = torch.ones(20, 8, device=DEVICE), torch.ones(8, device=DEVICE)
-    config = triton.Config(64, 16, 16, 4, 1)
-    message = f"{config} cannot run {triton.Shape(20, 8, 8, 4)}: a block would be padding for more than half"
+    config = ProductConfig(64, 16, 16, 4, 1)
+    message = f"{config} cannot run {Product(20, 8, 8, 4)}: a block would be padding for more than half"
     with pytest.raises(ValueError, match=re.escape(message)):
-        triton.forward_product(z, torch.ones(8, 8, device=DEVICE), s, s, None, config=config)
+        kernels.forward_product(z, torch.ones(8, 8, device=DEVICE), s, s, None, config=config)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
 def test_a_choice_for_every_size(device, itemsize):
     for tokens, columns, depth in ((1, 1, 1), (64, 33, 7), (64, 4096, 512), (130, 512, 4096), (8192, 14336, 2048)):
-        shape = triton.Shape(tokens, columns, depth, itemsize)
-        legal = list(triton.configs(shape, device))
+        shape = Product(tokens, columns, depth, itemsize)
+        legal = list(product_configs(shape, device))
         assert len(legal) == len(set(legal))
         assert all(config.why_not(shape, device) is None for config in legal)
-        chosen = triton.default_config(shape, device)
+        chosen = product_config(shape, device)
         assert chosen in legal
-        assert triton.seconds(chosen, shape, device) == min(triton.seconds(config, shape, device) for config in legal)
+        assert product_seconds(chosen, shape, device) == min(product_seconds(config, shape, device) for config in legal)

@@ -13,13 +13,18 @@ from acip_kernels.plan import (
     DEVICES,
     ROUTES,
     DecodeConfig,
+    Product,
     TrainingPlan,
     decode_config,
     decode_configs,
     decode_seconds,
     device_of,
     explain_decode,
+    explain_product,
     one_launch_seconds,
+    product_config,
+    product_plan,
+    product_seconds,
     training_memory,
     training_operations,
     training_plan,
@@ -201,6 +206,35 @@ def test_every_choice_is_printed_with_its_reason():
     times = [float(line.split(" µs")[0].split()[-1]) for line in text.splitlines() if "µs" in line]
     assert times == sorted(times) and len(times) > 20
     assert device_of(torch.device("cpu")) is DEVICES["H100"]
+
+
+def test_every_choice_for_a_product_is_printed_with_its_reason():
+    product = Product(4096, 4096, 1024, 2, 3, 64)
+    text = explain_product(DEVICES["L40S"], product)
+    assert text.startswith("L40S, 4096 tokens, 1024 deep, 4096 columns\n")
+    assert text.count("<- chosen") == 1 and "bytes of shared memory and L40S has" in text
+    assert "quantized weights go 32 deep at least" in text and "a thread adds up 4 to 64 sums" in text
+    assert len(text.splitlines()) == 1 + 5 * 5 * 4 * 3 * 4
+    times = [float(line.split(" µs")[0].split()[-1]) for line in text.splitlines() if "µs" in line]
+    assert times == sorted(times) and len(times) > 20
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+def test_ours_or_the_vendors_product_by_what_either_is_expected_to_take(device):
+    product = Product(4096, 4096, 1024, 2)
+    plain = product_plan([product], device, 0)
+    assert plain.way == "vendor"  # without company there is nothing to gain
+    assert plain.seconds["ours"] >= product_seconds(product_config(product, device), product, device)
+    # The floor of either: operations over the rate.
+    assert min(plain.seconds.values()) > 2 * 4096 * 4096 * 1024 / device.matrix_rate
+    beside = product_plan([product], device, 1 << 40)
+    assert beside.way == "ours" and beside.seconds["ours"] == plain.seconds["ours"]
+    assert beside.seconds["vendor"] > plain.seconds["vendor"] + (1 << 40) / device.bandwidth
+    text = str(beside)
+    assert text.startswith("ours (ours ") and "vendor" in text and "µs" in text
+    # A quantized weight costs the vendor a pass over it, and its own launch.
+    int4 = product_plan([Product(64, 4096, 4096, 2, 3, 64)], device, 0)
+    assert int4.seconds["vendor"] > product_plan([Product(64, 4096, 4096, 2)], device, 0).seconds["vendor"]
 
 
 def test_a_barrier_costs_what_the_next_weights_do_not_cover():

@@ -604,7 +604,7 @@ WRONG = {
         with_fields(lambda top, ours: top.update(quantization_config="acip")),
         "quantization_config",
     ),
-    "a newer format": (ALL, with_fields(lambda top, ours: ours.update(format_version=6)), "format_version is 6"),
+    "a newer format": (ALL, with_fields(lambda top, ours: ours.update(format_version=7)), "format_version is 7"),
     "format_version is text": (ALL, with_fields(lambda top, ours: ours.update(format_version="1")), "format_version"),
     "unknown kind": (ALL, with_fields(lambda top, ours: ours.update(kind="liquid")), "kind is 'liquid'"),
     "a kind of memory": (ALL, with_fields(lambda top, ours: ours.update(kind="factorized")), "kind is 'factorized'"),

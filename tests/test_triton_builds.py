@@ -1,6 +1,7 @@
 """What the Triton kernels of training and prefill become on GPUs that are not here: compiled, and read."""
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -8,60 +9,70 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from acip_kernels.ops import aot
+from acip_kernels.ops.fused_linear import op
 from acip_kernels.plan import DEVICES
 
 # Of a device each: the first that Triton compiles for with this target.
-TARGETS = {target: next(d for d in DEVICES.values() if d.target == target) for target in aot.TARGETS}
+TARGETS = {target: next(d for d in DEVICES.values() if d.target == target) for target in ("sm_80", "sm_90", "gfx942")}
 # tokens, out_features, rank: a long prompt, a short one, and one of odd sizes.
 LAYERS = [[4096, 4096, 1024], [64, 4096, 512], [130, 1001, 33]]
-SCALARS = {"scaling": "fp32", "mask_scale": "fp32"}
+QUANTIZED = {"int4": op.INT4_ZEROS, "fp8": op.FP8}
 
 
 def compile_all():
-    """`[(kernel, target, layer, itemsize, what a launch may take at most, build)]`, in a process that can compile."""
-    from acip_kernels.ops.masked_svd_linear import triton
+    """`[(kernel, target, layer, numbers, what a launch may take at most, build)]`, in a process that can compile."""
+    from acip_kernels.ops import triton_products as kernels
+    from acip_kernels.ops.triton_products import Matrix
+    from acip_kernels.plan import Product, product_config
+    from bench import kernel_builds
 
-    def build(kernel, target, config, dtype, divisible, **constants):
-        """As a launch would: what is divisible by 16, or 1, is told."""
-        signature = {}
-        for name in kernel.arg_names:
-            if name in ("S", "mask", "partials", "dmask"):
-                signature[name] = "*fp32:16"
-            elif name in ("z", "g", "U", "bias", "y", "hs"):
-                signature[name] = f"*{dtype}:16"
-            elif name in SCALARS:
-                signature[name] = SCALARS[name]
-            elif name in ("z_column", "g_column", "U_column"):
-                signature[name] = "i32:1"
-            elif not name.isupper():
-                signature[name] = "i32:16" if divisible else "i32"
-        blocks = {"num_warps": 4} if config is None else triton.options(config)
-        values = {name: blocks[name] for name in blocks if name.isupper()} | constants
-        options = {name: blocks[name] for name in blocks if not name.isupper()}
-        return aot.build(kernel, signature, values, target, **options)
+    meta, builds = kernel_builds.meta, []
 
-    builds = []
-    for target, device in TARGETS.items():
-        for layer in LAYERS:
-            tokens, out, rank = layer
-            for itemsize, dtype in (
-                ((2, "bf16"), (4, "fp32")) if tokens == 4096 and target == "sm_80" else ((2, "bf16"),)
-            ):
-                for kernel, columns, depth in (
-                    (triton.forward_kernel, out, rank),
-                    (triton.backward_kernel, rank, out),
-                ):
-                    config = triton.default_config(triton.Shape(tokens, columns, depth, itemsize), device)
-                    adapter = 32 if layer == LAYERS[1] else 0  # of the depth or the columns that there are
-                    found = build(kernel, target, config, dtype, rank % 16 == 0, ADAPTER_RANK=adapter)
-                    builds.append((kernel.__name__, target, layer, itemsize, config.shared(itemsize), found))
-        kernel = triton.mask_gradient_kernel
-        found = build(kernel, target, None, "bf16", True, **triton.MASK_GRADIENT_BLOCKS)
-        builds.append((kernel.__name__, target, None, 4, 1024, found))
+    def add(target, layer, numbers, itemsize, call, *products):
+        """The launches of `call` with the products that they make; a mask's gradient is none of them."""
+        device = TARGETS[target]
+        launches = kernel_builds.launches(device, call)
+        products = iter(products)
+        for launch in launches:
+            if launch.kernel == "mask_gradient_kernel":
+                if layer == LAYERS[0] and numbers == "bfloat16":
+                    builds.append((launch.kernel, target, None, numbers, 1024, launch.build()))
+                continue
+            tokens, columns, depth, kind = next(products)
+            product = Product(tokens, columns, depth, itemsize, kind, 64 if kind == op.INT4_ZEROS else 0)
+            most = product_config(product, device).shared(product)
+            builds.append((launch.kernel, target, layer, numbers, most, launch.build()))
+
+    for target, layer in itertools.product(TARGETS, LAYERS):
+        tokens, out, rank = layer
+        formats = {"bfloat16": torch.bfloat16}
+        if layer == LAYERS[0] and target == "sm_80":
+            formats["float32"] = torch.float32
+        for numbers, dtype in formats.items():
+            adapter = 32 if layer == LAYERS[1] else 0  # of the depth or the columns that there are
+
+            def both(_, dtype=dtype, adapter=adapter, tokens=tokens, out=out, rank=rank):
+                z, U, g = (meta(shape, dtype) for shape in ((tokens, rank), (out, rank), (tokens, out)))
+                S = meta((rank - adapter,), torch.float32)
+                kernels.forward_product(z, U, S, S, meta((out,), dtype), adapter, 0.5)
+                kernels.backward_product(g, U, z, S, S, 1.0, adapter, 0.5)
+
+            add(target, layer, numbers, dtype.itemsize, both, (tokens, out, rank, 0), (tokens, rank, out, 0))
+        if layer == LAYERS[0]:
+            for numbers, kind in QUANTIZED.items():
+                parts, (_, cols, group) = kernel_builds.weight(out, rank, kind)
+                weight = Matrix(kind, cols, group, *parts)
+
+                def quantized(_, weight=weight, tokens=tokens, out=out, rank=rank):
+                    kernels.forward_product(meta((tokens, rank), torch.bfloat16), weight)
+                    kernels.backward_product(meta((tokens, out), torch.bfloat16), weight)
+
+                add(target, layer, numbers, 2, quantized, (tokens, out, rank, kind), (tokens, rank, out, kind))
     return builds
 
 
@@ -77,18 +88,18 @@ def builds():
 
 
 def test_nothing_spills_and_shared_memory_suffices(builds):
-    assert len(builds) == 3 * (2 * len(LAYERS) + 1) + 2
-    for kernel, target, layer, itemsize, most, build in builds:
-        where = f"{kernel} {layer} {itemsize}: {build}"
+    assert len(builds) == 3 * (2 * len(LAYERS) + 1 + 2 * len(QUANTIZED)) + 2
+    for kernel, target, layer, numbers, most, build in builds:
+        where = f"{kernel} {layer} {numbers}: {build}"
         assert build.spills == 0, where
         assert build.shared <= min(most, aot.SHARED_MEMORY[target], TARGETS[target].shared_bytes), where
         assert build.registers <= (512 if target == "gfx942" else 255), where
 
 
 def test_products_are_made_by_tensor_cores(builds):
-    for kernel, target, layer, itemsize, _, build in builds:
-        where = f"{kernel} {layer} {itemsize}: {build}"
-        if kernel == "mask_gradient_kernel" or (itemsize == 4 and target != "gfx942"):
+    for kernel, target, layer, numbers, _, build in builds:
+        where = f"{kernel} {layer} {numbers}: {build}"
+        if kernel == "mask_gradient_kernel" or (numbers == "float32" and target != "gfx942"):
             assert build.matrix == 0, where  # float32 is float32, not tf32
         else:
             assert build.matrix > 0, where
@@ -97,15 +108,15 @@ def test_products_are_made_by_tensor_cores(builds):
 
 
 def test_factors_are_loaded_16_bytes_at_a_time(builds):
-    for kernel, target, layer, itemsize, _, build in builds:
+    for kernel, target, layer, numbers, _, build in builds:
         if layer in LAYERS[:2]:
-            where = f"{kernel} {layer} {itemsize}: {build}"
+            where = f"{kernel} {layer} {numbers}: {build}"
             assert (build.loads_128 if target == "gfx942" else build.async_loads_128) > 0, where
 
 
 def test_an_interpreted_kernel_cannot_be_compiled(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from acip_kernels.ops.masked_svd_linear import triton
+    from acip_kernels.ops import triton_products as triton
 
     with pytest.raises(RuntimeError, match="compile in a process without TRITON_INTERPRET"):
         aot.build(triton.mask_gradient_kernel, {}, {}, "sm_80")

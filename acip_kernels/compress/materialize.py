@@ -173,7 +173,7 @@ def materialize(
         covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate" and
             for quantize: so that the error of the outputs is the least, instead of that of the weights.
         dtype: of the new weights; None for the factors' own.
-        quantize: "int8" or "int4" for the weights of all layers that were factorized, whatever their form (see
+        quantize: "int8", "int4" or "fp8" for the weights of all layers that were factorized, whatever their form (see
             `ops.quantize`); None for none. With the same `forms` the same singular values stay, and each layer takes
             the form that then has the fewest bytes. Biases and everything else keep `dtype`.
         quantize_group: numbers of a row with one scale, 32, 64 or 128 (int4). quantize_symmetric: without zero points

@@ -30,8 +30,8 @@ from .targets import linear_layers, weight_of
 log = logging.getLogger("acip_kernels")
 
 # 2: with the pivoted form; 3: with quantized weights; 4: with elastic layers that never had all ranks; 5: with
-# quantized embeddings. A file is of the lowest version that knows what it has.
-FORMAT_VERSION = 5
+# quantized embeddings; 6: with fp8. A file is of the lowest version that knows what it has.
+FORMAT_VERSION = 6
 
 # The largest number of float32, which options are computed in.
 _LARGEST = torch.finfo(torch.float32).max
@@ -45,8 +45,8 @@ class AcipConfig(QuantizationConfigMixin):
     kind: "materialized": ordinary layers, low-rank where `ranks` names them; "elastic": factors, scores and
         adapters, from which any size is cut by `acip_kernels.load`.
     ranks: `{module name: rank}` of every `LowRankLinear` and `PivotLinear`; pivoted: names of the latter.
-    quantized: `{"bits", "group", "symmetric", "dense"}` if the weights of all these are quantized, and those of the
-        layers named in "dense", which are `QuantizedLinear`s; see `ops.quantize`.
+    quantized: `{"bits", "group", "symmetric", "dense"}`, of fp8 with "format", if the weights of all these are
+        quantized, and those of the layers named in "dense", which are `QuantizedLinear`s; see `ops.quantize`.
     embeddings: `{"bits", "group", "symmetric"}` if the embedding and the output head are quantized.
     size_ratio, count: the target that the model was cut for; factorized, stored: what it came to, in either count.
     layers: of an elastic checkpoint, `{module name: {the SVDLinear's options}}`, with its `full_rank` where that is
@@ -90,7 +90,8 @@ class AcipConfig(QuantizationConfigMixin):
         self.quantized = _checked_quantized(quantized, self.ranks)
         short = any("full_rank" in options for options in self.layers.values())
         self.embeddings = _checked_embeddings(embeddings)
-        self.format_version = 5 if self.embeddings else 4 if short else 3 if self.quantized else 2
+        version = 5 if self.embeddings else 4 if short else 3 if self.quantized else 2
+        self.format_version = 6 if "format" in self.quantized else version
         for key, value in fields.items():
             if hasattr(type(self), key) or not _FIELDS.get(key, _anything)(value):
                 raise ValueError(f"quantization_config: {key} cannot be {value!r}")
@@ -165,9 +166,16 @@ def _checked_embeddings(embeddings) -> dict:
     if not isinstance(embeddings, dict):
         raise ValueError(f"quantization_config: embeddings must be an object with bits, got {embeddings!r}")
     try:
-        return Scheme.from_dict(embeddings).to_dict()
+        scheme = Scheme.from_dict(embeddings)
+        _check_embeddings_scheme(scheme)
+        return scheme.to_dict()
     except ValueError as error:
         raise ValueError(f"quantization_config: embeddings: {error}") from None
+
+
+def _check_embeddings_scheme(scheme: Scheme) -> None:
+    if scheme.kind == "fp8":
+        raise ValueError("quantize_embeddings must be int8 or int4, got 'fp8', which is for layers alone")
 
 
 def _check_layer_options(name: str, options) -> None:
@@ -315,6 +323,7 @@ def put_embeddings(model: nn.Module, scheme: Scheme, empty: bool = False) -> Non
 
 def quantize_embeddings(model: PreTrainedModel, scheme: Scheme) -> None:
     """Quantize the embedding and the output head of a materialized `model`, in place; its config says so."""
+    _check_embeddings_scheme(scheme)
     put_embeddings(model, scheme)
     fields = getattr(model.config, "quantization_config", None) or {"kind": "materialized"}
     config = AcipConfig(**(fields if isinstance(fields, dict) else fields.to_dict()) | {"embeddings": scheme.to_dict()})

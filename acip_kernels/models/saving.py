@@ -37,7 +37,13 @@ from .targets import weight_of
 
 # A name of its own: a loader that looks for model.safetensors stops with an error instead of random weights.
 _ELASTIC = "elastic{suffix}.safetensors"
-_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "BF16": torch.bfloat16, "F32": torch.float32}
+_DTYPES = {
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 # How the names of the tensors end that only this package's layers have.
 _MATERIALIZED = (
     *(".Vh.weight", ".U.weight", ".U.bias", ".P.weight", ".C.weight", ".is_pivot"),
@@ -611,7 +617,8 @@ def _check_materialized(path: pathlib.Path, config, acip: quantizer.AcipConfig) 
         quantizer.put_layers(model, acip)
         state = model.state_dict(keep_vars=True)
         for name, tensor in state.items():
-            if name in where and tensor.dtype.is_floating_point:
+            # Of codes `_check_quantized` asks more.
+            if name in where and tensor.dtype.is_floating_point and tensor.dtype != torch.float8_e4m3fn:
                 _check_floating(*where[name], name)
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name, (file, _) in where.items()}
         for name in acip.pivoted:
@@ -668,9 +675,10 @@ def _check_quantized(path, where: Shards, name: str, layer: QuantizedLinear | Qu
                 f"{shard}: tensor {name}.{key} is {dtype} {found.get_shape()}, "
                 f"but must be {wanted.dtype} {list(wanted.shape)}"
             )
-        if key != "qweight":  # of those every value is a code
+        if key != "qweight" or layer.kind == "fp8":  # of integers every value is a code
             tensor = files.read_tensor(file, shard, f"{name}.{key}")
-            if not bool(torch.isfinite(tensor).all() if key == "scales" else (tensor <= 15).all()):
+            finite = torch.isfinite(tensor.float() if key == "qweight" else tensor)
+            if not bool((tensor <= 15).all() if key == "zeros" else finite.all()):
                 raise ValueError(f"{shard}: tensor {name}.{key} holds values that no {key} have")
 
 

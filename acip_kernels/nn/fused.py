@@ -22,7 +22,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops import extension
 from ..ops.fused_linear import measured
-from ..ops.fused_linear.op import CONCATENATE, DENSE, DTYPES, FACTORS, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
+from ..ops.fused_linear.op import CONCATENATE, DENSE, DTYPES, FACTORS, FP8, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
 from ..plan import FUSED_TOKENS, stands_for
 from .quantized_linear import QuantizedLinear
 
@@ -72,8 +72,9 @@ def is_plain(module: nn.Module) -> bool:
 def matrix_spec(linear: nn.Module) -> tuple[int, int, int]:
     """Kind, columns and group of an `nn.Linear` or `QuantizedLinear`, as `fused_linear` takes them."""
     if isinstance(linear, QuantizedLinear):
-        kind = INT8 if linear.bits == 8 else INT4 if linear.symmetric else INT4_ZEROS
-        return kind, linear.in_features, 0 if linear.bits == 8 else linear.group
+        if linear.kind == "int4":
+            return INT4 if linear.symmetric else INT4_ZEROS, linear.in_features, linear.group
+        return INT8 if linear.kind == "int8" else FP8, linear.in_features, 0
     return PLAIN, linear.in_features, 0
 
 
@@ -92,6 +93,8 @@ def add_matrix(linear: nn.Module, x: Tensor, tensors: list[Tensor], *, forward: 
         tensors.append(weight)
         return True
     if isinstance(linear, QuantizedLinear) and kind.forward is QuantizedLinear.forward:
+        if linear.kind == "fp8" and not is_gpu(x):  # which the native operator does not know
+            return False
         for name in ("qweight", "scales", "zeros"):
             tensor = linear._buffers.get(name)
             if tensor is None:

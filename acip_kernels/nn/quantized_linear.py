@@ -1,4 +1,4 @@
-"""`QuantizedLinear`: a linear layer whose weight is kept as integers of 8 or 4 bits with scales."""
+"""`QuantizedLinear`: a linear layer whose weight is kept in 8 or 4 bits a number, with scales."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class QuantizedLinear(nn.Module):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`; features may be 0.
-        kind: "int8" or "int4". group: 32, 64 or 128 input features to a scale (int4). symmetric: no `zeros` (int4).
+        kind: "int8", "int4" or "fp8". group: 32, 64 or 128 input features to a scale (int4). symmetric: no `zeros`
+            (int4).
 
     A new layer's weight is zero.
     """
@@ -47,8 +48,8 @@ class QuantizedLinear(nn.Module):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"QuantizedLinear: {name} must be an int of at least 0, got {value!r}")
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group = (8, 0) if kind == "int8" else (4, group)
-        self.symmetric = kind == "int8" or symmetric
+        self.kind, self.group = kind, 0 if kind in q.PER_ROW else group
+        self.symmetric = kind in q.PER_ROW or symmetric
         for name, (shape, dtype_) in q.shapes(out_features, in_features, kind, group, symmetric).items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype_, device=device))
         if self.symmetric:
@@ -72,7 +73,7 @@ class QuantizedLinear(nn.Module):
 
         group: of int4. dtype: of the layer; None for the bias's, or the default dtype.
         """
-        kind = "int8" if quantized.qweight.dtype == torch.int8 else "int4"
+        kind = next((kind for kind, dtype in q.PER_ROW.items() if quantized.qweight.dtype == dtype), "int4")
         dtype = dtype or (torch.get_default_dtype() if bias is None else bias.dtype)
         out_features, symmetric = len(quantized.qweight), kind == "int4" and quantized.zeros is None
         options = {"kind": kind, "group": group, "symmetric": symmetric}
@@ -103,9 +104,9 @@ class QuantizedLinear(nn.Module):
         ).train(linear.training)
 
     @property
-    def kind(self) -> str:
-        """ "int8" or "int4"."""
-        return f"int{self.bits}"
+    def bits(self) -> int:
+        """Of each number."""
+        return 4 if self.kind == "int4" else 8
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[out_features, in_features]` that this layer stands for, in `dtype` or the layer's own."""
@@ -132,12 +133,14 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantize(x.dtype), self.bias) if y is None else y
 
     def _apply(self, fn, recurse=True):
-        """What `to`, `half`, `cuda` and the like do to tensors; scales go along to a device, but keep their dtype."""
-        scales = self.scales
+        """What `to`, `half`, `cuda` and the like do to tensors; codes and scales go along, but keep their dtype."""
+        before = {name: getattr(self, name) for name in ("qweight", "scales")}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            # Not cast back: what was rounded stays rounded.
-            self.scales = scales.to(self.scales.device)
+        for name, tensor in before.items():
+            after = getattr(self, name)
+            if after.dtype != tensor.dtype:
+                # Not cast back: what was rounded stays rounded.
+                setattr(self, name, tensor.to(after.device))
         return self
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 # Bytes of shared memory that one block may have: the CUDA C++ programming guide's table of compute capabilities
 # ("maximum amount of shared memory per thread block"), and the LDS of a CDNA 3 compute unit.
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 TARGETS = tuple(SHARED_MEMORY)
 
 SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -90,7 +90,7 @@ def build(
             finds out by itself at a launch: without it no load is wider than an element.
             An ending ":1" says that the integer is 1, which a launch makes a constant too.
         constexprs: a value by the name of each constexpr.
-        target: "sm_80", "sm_90", or "gfx942".
+        target: "sm_80", "sm_89", "sm_90", or "gfx942".
         num_warps, num_stages: as at a launch. options: others of the Triton backend, `maxnreg` or `waves_per_eu`.
 
     Raises:

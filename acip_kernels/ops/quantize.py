@@ -1,11 +1,14 @@
-"""Weights as integers of 8 or 4 bits with scales: the format, its plain PyTorch reference, and how codes are chosen.
+"""Weights of 8 or 4 bits a number, with scales: the formats, their plain PyTorch reference, and how codes are chosen.
 
-The format is the one that the native kernels read (`csrc/include/acip/decode.h`). For a weight `[rows, cols]`:
+The format is the one that the native kernels read (`csrc/include/acip/decode.h`; those know no fp8). For a weight
+`[rows, cols]`:
 
 - "int8": `qweight` int8 `[rows, cols]`, `scales` float32 `[rows]`; the weight is `q · scale`, `q` from -127 to 127.
 - "int4": `qweight` uint8 `[rows, 32 ceil(cols / 64)]`, two codes to a byte, see `pack`; `scales` bfloat16
   `[rows, ceil(cols / group)]`, and unless symmetric `zeros` uint8 like them. The weight is `(code - zero) · scale`,
   codes from 0 to 15; of a symmetric one every zero is 8.
+- "fp8": `qweight` float8_e4m3fn `[rows, cols]`, `scales` float32 `[rows]`; the weight is `q · scale`, `q` up to 448
+  with four significant bits: E4M3 of "FP8 Formats for Deep Learning" (arXiv 2209.05433).
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("int8", "int4")
+KINDS = ("int8", "int4", "fp8")
+PER_ROW = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # kinds with one scale a row, and the dtype of their codes
+LARGEST = {"int8": 127, "fp8": 448}  # of their codes
 GROUPS = (32, 64, 128)
 SYMMETRIC_ZERO = 8
 BLOCK = 64  # columns whose codes are packed together
@@ -43,9 +48,9 @@ def check_options(kind: str, group: int = 64, symmetric: bool = False) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """How weights are quantized: "int8", or "int4" in groups of 32, 64 or 128 with or without zeros.
+    """How weights are quantized: "int8", "fp8", or "int4" in groups of 32, 64 or 128 with or without zeros.
 
-    Raises `ValueError` for anything else. Of int8, group is 0 and symmetric True, whatever is given.
+    Raises `ValueError` for anything else. Of int8 and fp8, group is 0 and symmetric True, whatever is given.
     """
 
     kind: str
@@ -54,7 +59,7 @@ class Scheme:
 
     def __post_init__(self):
         check_options(self.kind, self.group, self.symmetric)
-        if self.kind == "int8":
+        if self.kind in PER_ROW:
             object.__setattr__(self, "group", 0)
             object.__setattr__(self, "symmetric", True)
 
@@ -64,29 +69,31 @@ class Scheme:
         return dataclasses.asdict(self)
 
     def to_dict(self) -> dict:
-        """For JSON: `bits`, `group` and `symmetric`."""
-        return {"bits": int(self.kind[3:]), "group": self.group, "symmetric": self.symmetric}
+        """For JSON: `bits`, `group` and `symmetric`; of fp8 `"format": "e4m3"` too."""
+        fields = {"bits": int(self.kind.lstrip("intfp")), "group": self.group, "symmetric": self.symmetric}
+        return fields | ({"format": "e4m3"} if self.kind == "fp8" else {})
 
     @classmethod
     def from_dict(cls, fields: dict) -> Scheme:
         """Of what `to_dict` made. Raises `ValueError` for anything else."""
-        if fields.keys() != {"bits", "group", "symmetric"}:
+        if fields.keys() - {"format"} != {"bits", "group", "symmetric"}:
             raise ValueError(f"quantized must have bits, group and symmetric, got {fields!r}")
-        scheme = cls(f"int{fields['bits']}", fields["group"], fields["symmetric"])
+        kind = "fp8" if "format" in fields else f"int{fields['bits']}"
+        scheme = cls(kind, fields["group"], fields["symmetric"])
         if scheme.to_dict() != fields:
             raise ValueError(f"quantized cannot be {fields!r}")
         return scheme
 
     def __str__(self) -> str:
-        if self.kind == "int8":
-            return "int8"
+        if self.kind in PER_ROW:
+            return self.kind
         return f"int4, groups of {self.group}{', symmetric' if self.symmetric else ''}"
 
 
 def shapes(rows: int, cols: int, kind: str, group: int = 64, symmetric: bool = False) -> dict:
     """`{name: (shape, dtype)}` of the tensors of a weight `[rows, cols]`."""
-    if kind == "int8":
-        return {"qweight": ((rows, cols), torch.int8), "scales": ((rows,), torch.float32)}
+    if kind in PER_ROW:
+        return {"qweight": ((rows, cols), PER_ROW[kind]), "scales": ((rows,), torch.float32)}
     groups = -(-cols // group)
     tensors = {
         "qweight": ((rows, -(-cols // BLOCK) * BLOCK // 2), torch.uint8),
@@ -97,14 +104,14 @@ def shapes(rows: int, cols: int, kind: str, group: int = 64, symmetric: bool = F
 
 def stored_bytes(rows, cols, kind: str, group: int = 64, symmetric: bool = False):
     """Bytes of the tensors of a weight `[rows, cols]`; ints, or integer tensors of any one shape."""
-    if kind == "int8":
+    if kind in PER_ROW:
         return rows * cols + 4 * rows
     return rows * (-(-cols // BLOCK) * (BLOCK // 2) + -(-cols // group) * (2 if symmetric else 3))
 
 
 def stored_elements(rows, cols, kind: str, group: int = 64, symmetric: bool = False):
     """Elements of the tensors of a weight `[rows, cols]`, of which a byte with two codes is one."""
-    if kind == "int8":
+    if kind in PER_ROW:
         return rows * cols + rows
     return rows * (-(-cols // BLOCK) * (BLOCK // 2) + -(-cols // group) * (1 if symmetric else 2))
 
@@ -130,12 +137,14 @@ def quantize(
     """`weight [rows, cols]` in the format.
 
     By default each number is rounded to the nearest code, and the scales are the smallest of their dtype at which no
-    number is cut off, so that every error is at most half a scale. Int4's range always includes zero, which it
-    represents exactly; a symmetric scale may be negative, where that makes it smaller: codes reach -8 and 7.
+    number is cut off, so that every error is at most half a scale; of fp8, at most 1/16 of the number or a scale/1024.
+    Int4's range always includes zero, which it represents exactly; a symmetric scale may be negative, where that makes
+    it smaller: codes reach -8 and 7.
 
     Args:
         weight: float, `[rows, cols]`; either may be zero.
-        kind: "int8" or "int4". group: 32, 64 or 128 columns to a scale (int4). symmetric: without `zeros` (int4).
+        kind: "int8", "int4" or "fp8". group: 32, 64 or 128 columns to a scale (int4). symmetric: without `zeros`
+            (int4).
         search: choose each scale among some smaller ones too, by the squared error of its numbers.
         covariance: `[cols, cols]`, the second moment `E[xxᵀ]` of what the weight multiplies, of any scale. Columns are
             then rounded one after the other, and what an error makes of the outputs is taken back by the columns still
@@ -151,7 +160,7 @@ def quantize(
     _check_weight(weight)
     rows, cols = weight.shape
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    if kind == "int8":
+    if kind in PER_ROW:
         group = max(cols, 1)
     feedback = None
     if covariance is not None:
@@ -165,8 +174,8 @@ def quantize(
         values = _grouped(exact, group)
         scales, zeros = _ranges(values, kind, symmetric, SHRINKS if search else SHRINKS[:1])
         codes = _codes(values, scales[..., None], zeros[..., None], kind).flatten(1)[:, :cols]
-    if kind == "int8":
-        return Quantized(codes.to(torch.int8), scales[:, 0] if cols else scales.new_zeros(rows), None)
+    if kind in PER_ROW:
+        return Quantized(codes.to(PER_ROW[kind]), scales[:, 0] if cols else scales.new_zeros(rows), None)
     packed = pack(codes.to(torch.uint8), zeros[:, -1] if zeros.shape[1] else SYMMETRIC_ZERO)
     return Quantized(packed, scales, None if symmetric else zeros)
 
@@ -183,20 +192,20 @@ def dequantize(
     """The weight `[rows, cols]` that `qweight`, `scales` and `zeros` stand for.
 
     Args:
-        qweight: int8, or uint8 for int4; scales, zeros: as `quantize` makes them.
+        qweight: int8, float8_e4m3fn, or uint8 for int4; scales, zeros: as `quantize` makes them.
         cols: of the weight; needed for int4. group: of int4.
         dtype: of the result, computed in float32 or better and rounded once. In float64 it is exact; in float32 it is
             exact for int4.
     """
-    if qweight.dtype == torch.int8:
-        return dequantize_int8(qweight, scales, dtype)
+    if qweight.dtype in PER_ROW.values():
+        return dequantize_rows(qweight, scales, dtype)
     if cols is None:
         raise ValueError("dequantize: int4 needs cols, the columns of the weight")
     return dequantize_int4(qweight, scales, zeros, cols, group, dtype)
 
 
-def dequantize_int8(qweight: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`dequantize` of int8."""
+def dequantize_rows(qweight: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`dequantize` of int8 and fp8."""
     precise = torch.promote_types(dtype, torch.float32)
     return (qweight.to(precise) * scales.to(precise)[:, None]).to(dtype)
 
@@ -279,8 +288,8 @@ def _ranges(
 
 def _range(low: Tensor, high: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Tensor]:
     """`(scales, zeros)` with which codes reach from `low` to `high`, float64 of any one shape, about zero."""
-    if kind == "int8":
-        scales = _rounded_up(torch.maximum(high, -low) / 127, torch.float32)
+    if kind in PER_ROW:
+        scales = _rounded_up(torch.maximum(high, -low) / LARGEST[kind], torch.float32)
         return scales, torch.zeros_like(scales, dtype=torch.uint8)
     if symmetric:
         # Codes reach -8 and 7: of the two signs, the one that needs the smaller scale.
@@ -293,9 +302,12 @@ def _range(low: Tensor, high: Tensor, kind: str, symmetric: bool) -> tuple[Tenso
 
 
 def _codes(values: Tensor, scales: Tensor, zeros: Tensor, kind: str) -> Tensor:
-    """The nearest codes, whole numbers in the dtype of `values`."""
-    codes = _over(values, scales).round_()
-    return codes.clamp_(-127, 127) if kind == "int8" else codes.add_(zeros).clamp_(0, 15)
+    """The nearest codes, in the dtype of `values`."""
+    codes = _over(values, scales)
+    if kind in PER_ROW:
+        codes.clamp_(-LARGEST[kind], LARGEST[kind])
+        return codes.round_() if kind == "int8" else codes.to(torch.float8_e4m3fn).to(values.dtype)
+    return codes.round_().add_(zeros).clamp_(0, 15)
 
 
 def _feedback(covariance: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -326,7 +338,7 @@ def _round_with_feedback(
     # How much an error in a column costs that the later ones cannot take back.
     costs = R.diagonal() ** -2
     ranges = []
-    if kind == "int8":
+    if kind in PER_ROW:
         ranges.append(_ranges(weight, kind, symmetric, SHRINKS, costs))
     for begin in range(0, cols, _COLUMNS):
         end = min(begin + _COLUMNS, cols)

@@ -56,8 +56,12 @@ class Timer:
 
     def measure(self, variants: list[Calls], rounds: int) -> list[list[float]]:
         """Seconds of one call of each variant, in every round."""
-        runs, found = [self.prepare(calls) for calls in variants], [[] for _ in variants]
+        return self.in_turns([self.prepare(calls) for calls in variants], [len(calls) for calls in variants], rounds)
+
+    def in_turns(self, runs: list[Callable[[], object]], calls: list[int], rounds: int) -> list[list[float]]:
+        """As `measure`, of what `prepare` has made, with the calls in each."""
+        found = [[] for _ in runs]
         for _ in range(rounds):
-            for calls, run, seconds in zip(variants, runs, found, strict=True):
-                seconds.append(self.seconds(run) / len(calls))
+            for run, count, seconds in zip(runs, calls, found, strict=True):
+                seconds.append(self.seconds(run) / count)
         return found

@@ -1,7 +1,8 @@
 """`fused_linear`: what deployed linear layers compute for a few tokens, on the CPU in one call.
 
 On the CPU the operator is the native extension's (`csrc/bindings.cpp`), because a call has to cost microseconds; on a
-GPU it is `triton.py`'s. Here are the names of its arguments' values, what it is to torch's compiler, and where it pays.
+GPU it is `triton.py`'s, and for more tokens than that takes `prefill.py`'s. Here are the names of its arguments'
+values, what it is to torch's compiler, and where it pays.
 
     fused_linear(x, tensors, spec, mode) -> y
 
@@ -25,7 +26,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .. import extension
 
 DENSE, FACTORS, PIVOTED = range(3)
-PLAIN, INT8, INT4, INT4_ZEROS = range(4)
+PLAIN, INT8, INT4, INT4_ZEROS, FP8 = range(5)
 CONCATENATE, SWIGLU, GATED_MLP = range(3)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,7 +46,7 @@ def matrix_rows(tensors: list[Tensor], spec: list[int]) -> list[list[int]]:
         rows = []
         for _ in range(1 if form == DENSE else 2):
             rows.append(tensors[t].shape[0])
-            i, t = i + 3, t + (1, 2, 2, 3)[spec[i]]
+            i, t = i + 3, t + (1, 2, 2, 3, 2)[spec[i]]
         t += (form == PIVOTED) + (flags & 1) + (flags >> 1)
         found.append(rows)
     return found
@@ -82,7 +83,7 @@ def _flops(x_shape, tensor_shapes, spec, mode, *_, out_shape=None, **__) -> int:
 
 
 try:
-    from . import triton
+    from . import prefill, triton
 except ImportError:  # a machine without Triton
     triton = None
 
@@ -90,6 +91,6 @@ if extension.module is not None or triton is not None:
     if extension.module is None:
         torch.library.define("acip::fused_linear", "(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor")
     if triton is not None:
-        torch.library.impl("acip::fused_linear", "CUDA", triton.forward)
+        torch.library.impl("acip::fused_linear", "CUDA", prefill.forward)
     torch.library.register_fake("acip::fused_linear", _fake)
     register_flop_formula(torch.ops.acip.fused_linear)(_flops)

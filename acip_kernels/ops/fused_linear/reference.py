@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantize import dequantize_int4, dequantize_int8
-from .op import CONCATENATE, DENSE, GATED_MLP, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
+from ..quantize import dequantize_int4, dequantize_rows
+from .op import CONCATENATE, DENSE, FP8, GATED_MLP, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
 
 
 def forward(x: Tensor, tensors: list[Tensor], spec: list[int], mode: int) -> Tensor:
@@ -48,8 +48,8 @@ def _weight(numbers: list[int], tensors: list[Tensor], dtype: torch.dtype) -> Te
     kind, cols, group = (numbers.pop(0) for _ in range(3))
     if kind == PLAIN:
         return tensors.pop(0).to(dtype)
-    if kind == INT8:
-        return dequantize_int8(tensors.pop(0), tensors.pop(0), dtype)
+    if kind in (INT8, FP8):
+        return dequantize_rows(tensors.pop(0), tensors.pop(0), dtype)
     assert kind in (INT4, INT4_ZEROS)
     codes, scales = tensors.pop(0), tensors.pop(0)
     zeros = tensors.pop(0) if kind == INT4_ZEROS else None

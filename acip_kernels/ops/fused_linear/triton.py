@@ -7,8 +7,9 @@ input itself. Deterministic: no atomics, partial sums are added in one order; an
 read has been written, so that it needs no clearing.
 
 Weights are read once (evict first); inputs and partial sums stay in the caches. Sums are float32. One token is
-multiplied and added, more go through tensor cores, with the weights as their rows and tokens as columns. Integers
-become numbers in registers; a scale is applied to sums: of a row (int8), or of a group's part of a row (int4).
+multiplied and added, more go through tensor cores, with the weights as their rows and tokens as columns. Integers and
+eight-bit floats become numbers in registers; a scale is applied to sums: of a row (int8, fp8), or of a group's part of
+a row (int4).
 
 With `pdl` (programmatic dependent launch, from sm_90 on) `expand` starts while `shrink` still runs, reads its first
 weights, and waits only before it reads partial sums.
@@ -26,8 +27,10 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...plan import DecodeConfig, Device, Launch, decode_config, device_of
+from .. import triton_products
+from ..triton_products import Matrix, fp8_numbers
 from . import measured
-from .op import CONCATENATE, DENSE, FACTORS, GATED_MLP, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN, SWIGLU
+from .op import CONCATENATE, DENSE, FACTORS, FP8, GATED_MLP, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN, SWIGLU
 
 SIBLINGS = 3
 MOST_TOKENS = 16
@@ -41,9 +44,18 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def _numbers(values, TYPE: tl.constexpr):
-    """`values`, of TYPE or integers that TYPE holds exactly, in TYPE."""
-    return values.to(tl.float32).to(TYPE) if values.dtype.is_int() else values
+def _floats(values, KIND: tl.constexpr):
+    """Codes of KIND as float32, but for their scale; numbers as they are."""
+    if KIND >= 4:
+        return fp8_numbers(values, KIND == 4)
+    else:
+        return values.to(tl.float32)
+
+
+@triton.jit
+def _numbers(values, KIND: tl.constexpr, TYPE: tl.constexpr):
+    """`values`, of TYPE or codes that TYPE holds exactly, in TYPE."""
+    return _floats(values, KIND).to(TYPE) if values.dtype.is_int() else values
 
 
 @triton.jit
@@ -81,7 +93,7 @@ def _multiply(
     """float32 `[ROWS, T]`: `Σ_k weight[row, k] input[token, k]` for k in [begin, end), which is in steps of 64 or K."""
     t = tl.arange(0, T)
     live = row < rows
-    if KIND == 0 or KIND == 1:  # plain numbers, or int8
+    if KIND != 2 and KIND != 3:  # plain numbers, int8 or fp8
         offsets = tl.arange(0, K)
         at = w + row[:, None].to(tl.int64) * w_stride + offsets[None, :]
         # The first weights are on their way before the first product is awaited.
@@ -95,7 +107,7 @@ def _multiply(
                 inputs = _inputs(
                     x, x_stride, s, splits, split_stride, t, tokens, k + offsets, cols, PARTIAL, SCALED, TYPE
                 )
-                sums += _dot(_numbers(weights, TYPE), inputs.T)
+                sums += _dot(_numbers(weights, KIND, TYPE), inputs.T)
                 mask = live[:, None] & (k + K + offsets < end)[None, :]
                 weights = tl.load(at + k + K, mask=mask, other=0, eviction_policy="evict_first")
             result = sums
@@ -106,11 +118,11 @@ def _multiply(
                 inputs = _inputs(
                     x, x_stride, s, splits, split_stride, t, tokens, k + offsets, cols, PARTIAL, SCALED, TYPE
                 )
-                lanes += weights.to(tl.float32) * inputs.to(tl.float32)
+                lanes += _floats(weights, KIND) * inputs.to(tl.float32)
                 mask = live[:, None] & (k + K + offsets < end)[None, :]
                 weights = tl.load(at + k + K, mask=mask, other=0, eviction_policy="evict_first")
             result = tl.sum(lanes, axis=1)[:, None]
-        if KIND == 1:
+        if KIND != 0:
             result *= tl.load(scales + row, mask=live, other=0.0)[:, None]
         return result
     else:  # int4: blocks of 64 columns, column j of a block in the low half of byte j and j + 32 in its high half
@@ -133,7 +145,7 @@ def _multiply(
                     numbers -= 8
                 inputs = _inputs(x, x_stride, s, splits, split_stride, t, tokens, column, cols, PARTIAL, SCALED, TYPE)
                 if DOT:
-                    part = _dot(_numbers(numbers, TYPE), inputs.T)
+                    part = _dot(_numbers(numbers, KIND, TYPE), inputs.T)
                 else:
                     part = tl.sum(numbers.to(tl.float32) * inputs.to(tl.float32), axis=1)[:, None]
                 result += part * scale[:, None]
@@ -344,26 +356,6 @@ def swiglu_kernel(both, y, width, elements, TYPE: tl.constexpr, BLOCK: tl.conste
 
 
 @dataclasses.dataclass
-class Matrix:
-    """A weight `[rows, cols]` of one of the formats; of plain ones scales are None, of symmetric ones zeros."""
-
-    kind: int
-    cols: int
-    group: int
-    data: Tensor
-    scales: Tensor | None = None
-    zeros: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def groups(self) -> int:
-        return -(-self.cols // self.group) if self.group else 1
-
-
-@dataclasses.dataclass
 class Layer:
     form: int
     first: Matrix
@@ -411,11 +403,10 @@ def read_layers(tensors: list[Tensor], spec: list[int]) -> list[Layer]:
 MOST_REGISTERS = 255
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """`kernel[grid](...)`; one place, where `bench.kernel_builds` listens to what would be launched."""
+def _launch(kernel, grid: tuple[int, ...], x: Tensor, *arguments, **options) -> None:
     if torch.version.hip is None:
         options["maxnreg"] = MOST_REGISTERS
-    kernel[grid](*arguments, **options)
+    triton_products.launch(kernel, grid, x, *arguments, **options)
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -462,75 +453,73 @@ def forward(
         return chosen if rows.device.type != "cpu" else dataclasses.replace(chosen, pdl=False)
 
     if mode == CONCATENATE:
-        y = _concatenate(rows, siblings, choose)
+        y = _concatenate(rows, siblings, choose, device)
     else:
-        y = _swiglu(rows, siblings, choose)
+        y = _swiglu(rows, siblings, choose, device)
         if mode == GATED_MLP:
-            y = _concatenate(y, layers[2:], choose)
+            y = _concatenate(y, layers[2:], choose, device)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _concatenate(x: Tensor, layers: list[Layer], choose: Callable) -> Tensor:
+def _concatenate(x: Tensor, layers: list[Layer], choose: Callable, device: Device) -> Tensor:
     tokens, width = len(x), sum(layer.out for layer in layers)
     y = x.new_empty(tokens, width)
     if not tokens or not width:
         return y
-    partial, splits, ranks = _shrink(x, layers, choose)
+    partial, splits, ranks = _shrink(x, layers, choose, device)
     chosen = choose([layer.last for layer in layers])
     tiles, arguments, constants = 0, [], {}
     for number in range(SIBLINGS):
         layer = layers[number] if number < len(layers) else None
         arguments += _expand_arguments(x, layer)
-        constants |= _expand_constants(layer, number)
+        constants |= _expand_constants(layer, number, device)
         if layer is not None:
             tiles += triton.cdiv(layer.last.rows, chosen.rows)
             tiles += triton.cdiv(layer.rank, chosen.rows) if layer.form == PIVOTED else 0
     pdl = chosen.pdl and ranks > 0
-    launch(
-        expand_kernel, (tiles,), x, x.stride(0), tokens, partial, ranks, splits, y, width, *arguments, **constants,
+    _launch(
+        expand_kernel, (tiles,), x, x, x.stride(0), tokens, partial, ranks, splits, y, width, *arguments, **constants,
         COUNT=len(layers), TYPE=_TYPES[x.dtype], PDL=pdl, **chosen.constants(tokens), **chosen.options(dependent=pdl),
     )  # fmt: skip
     return y
 
 
-def _swiglu(x: Tensor, layers: list[Layer], choose: Callable) -> Tensor:
+def _swiglu(x: Tensor, layers: list[Layer], choose: Callable, device: Device) -> Tensor:
     gate, up = layers
     tokens, width = len(x), gate.out
     y = x.new_empty(tokens, width)
     if not tokens or not width:
         return y
     if PIVOTED in (gate.form, up.form):  # whose outputs lie apart
-        both = _concatenate(x, layers, choose)
-        block = 1024
-        launch(
-            swiglu_kernel,
-            (triton.cdiv(y.numel(), block),),
-            both,
-            y,
-            width,
-            y.numel(),
-            TYPE=_TYPES[x.dtype],
-            BLOCK=block,
-            num_warps=4,
-        )
-        return y
-    partial, splits, ranks = _shrink(x, layers, choose)
+        return swiglu(_concatenate(x, layers, choose, device))
+    partial, splits, ranks = _shrink(x, layers, choose, device)
     chosen = choose([gate.last, up.last], together=True)
     pdl = chosen.pdl and ranks > 0
     arguments, constants = [], {}
     for number, layer in enumerate(layers):
         w, stride, scales, zeros, _, rank, s, bias, _, groups = _expand_arguments(x, layer)
         arguments += [w, stride, scales, zeros, rank, s, bias, groups]
-        constants |= _expand_constants(layer, number)
-    launch(
-        swiglu_expand_kernel, (triton.cdiv(width, chosen.rows),),
+        constants |= _expand_constants(layer, number, device)
+    _launch(
+        swiglu_expand_kernel, (triton.cdiv(width, chosen.rows),), x,
         x, x.stride(0), tokens, partial, ranks, splits, y, width, width, *arguments, **constants,
         TYPE=_TYPES[x.dtype], PDL=pdl, **chosen.constants(tokens), **chosen.options(dependent=pdl),
     )  # fmt: skip
     return y
 
 
-def _shrink(x: Tensor, layers: list[Layer], choose: Callable) -> tuple[Tensor, int, int]:
+def swiglu(both: Tensor) -> Tensor:
+    """`silu(gate) ⊙ up [tokens, width]` of both side by side."""
+    y, block = both.new_empty(len(both), both.shape[1] // 2), 1024
+    if y.numel():
+        _launch(
+            swiglu_kernel, (triton.cdiv(y.numel(), block),), both, both, y, y.shape[1], y.numel(),
+            TYPE=_TYPES[both.dtype], BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return y
+
+
+def _shrink(x: Tensor, layers: list[Layer], choose: Callable, device: Device) -> tuple[Tensor, int, int]:
     """Partial sums `[splits, tokens, ranks]` of every first factor, and both numbers."""
     firsts = [layer.first for layer in layers if layer.form != DENSE]
     tokens, cols = x.shape
@@ -545,10 +534,13 @@ def _shrink(x: Tensor, layers: list[Layer], choose: Callable) -> tuple[Tensor, i
         m = firsts[number] if number < len(firsts) else None
         arguments += [x, 0, x, x, 0] if m is None else [*_weight_arguments(x, m), m.rows]
         groups.append(1 if m is None else m.groups)
-        constants |= {f"KIND{number}": m.kind if m else 0, f"GROUP{number}": (m.group if m else 0) or 64}
+        constants |= {
+            f"KIND{number}": m.kernel_kind(device) if m else PLAIN,
+            f"GROUP{number}": (m.group if m else 0) or 64,
+        }
         tiles += triton.cdiv(m.rows, chosen.rows) if m else 0
-    launch(
-        shrink_kernel, (tiles, splits), x, x.stride(0), tokens, cols, partial, ranks, span, *arguments, *groups,
+    _launch(
+        shrink_kernel, (tiles, splits), x, x, x.stride(0), tokens, cols, partial, ranks, span, *arguments, *groups,
         **constants,
         COUNT=len(firsts), TYPE=_TYPES[x.dtype], PDL=chosen.pdl, **chosen.constants(tokens), **chosen.options(),
     )  # fmt: skip
@@ -557,7 +549,7 @@ def _shrink(x: Tensor, layers: list[Layer], choose: Callable) -> tuple[Tensor, i
 
 def _weight_arguments(x: Tensor, m: Matrix) -> list:
     # What there is not is never read; a pointer it has to be.
-    return [m.data, m.data.stride(0), *(x if t is None else t for t in (m.scales, m.zeros))]
+    return [m.kernel_data, m.data.stride(0), *(x if t is None else t for t in (m.scales, m.zeros))]
 
 
 def _expand_arguments(x: Tensor, layer: Layer | None) -> list:
@@ -568,13 +560,13 @@ def _expand_arguments(x: Tensor, layer: Layer | None) -> list:
     return [*_weight_arguments(x, m), m.rows, m.cols, *vectors, m.groups]
 
 
-def _expand_constants(layer: Layer | None, number: int) -> dict:
+def _expand_constants(layer: Layer | None, number: int, device: Device) -> dict:
     values = {"FORM": DENSE, "KIND": PLAIN, "GROUP": 64, "SCALED": False, "BIASED": False}
     if layer is not None:
         m = layer.last
         values = {
             "FORM": layer.form,
-            "KIND": m.kind,
+            "KIND": m.kernel_kind(device),
             "GROUP": m.group or 64,
             "SCALED": layer.s is not None,
             "BIASED": layer.bias is not None,
@@ -584,4 +576,5 @@ def _expand_constants(layer: Layer | None, number: int) -> dict:
 
 # The kernels are written with the numbers that `spec` has.
 assert (DENSE, FACTORS, PIVOTED, PLAIN, INT8, INT4, INT4_ZEROS) == (0, 1, 2, 0, 1, 2, 3)
+assert FP8 == triton_products.FP8
 assert (CONCATENATE, SWIGLU, GATED_MLP) == (0, 1, 2)

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import common, extension
-from . import native, reference
+from ..quantize import Quantized
+from . import native, quantized, reference
 from .problem import Adapter
 
 OPERATOR = "masked_svd_linear"
@@ -24,8 +25,8 @@ else:
 
 def masked_svd_linear(
     x: Tensor,
-    Vh: Tensor,
-    U: Tensor,
+    Vh: Tensor | Quantized,
+    U: Tensor | Quantized,
     S: Tensor,
     mask: Tensor,
     bias: Tensor | None = None,
@@ -34,6 +35,7 @@ def masked_svd_linear(
     rows: Tensor | None = None,
     adapter: Adapter | None = None,
     save_z: bool = True,
+    group: int = 64,
     backend: str = "auto",
 ) -> Tensor:
     """`((x Vhᵀ) ⊙ S ⊙ β) Uᵀ + bias` with `β_i = 1` where `mask_i > 0`, and ACIP's straight-through gradient for `mask`.
@@ -41,7 +43,8 @@ def masked_svd_linear(
     Args:
         x: `[..., in_features]`, any number of leading dimensions.
         Vh: `[rank, in_features]`, in x's dtype; frozen.
-        U: `[out_features, rank]`, in x's dtype; frozen.
+        U: `[out_features, rank]`, in x's dtype; frozen. Both may be quantized instead (`ops.quantize.quantize`); then
+            there is no adapter here, which is a sum of its own, and z is kept.
         S: `[rank]` singular values, float32 (float64 for float64 `x`); frozen.
         mask: `[rank]` mask parameters, dtype as `S`.
         bias: `[out_features]` or None, in x's dtype; frozen.
@@ -52,6 +55,7 @@ def masked_svd_linear(
             When it is joined, `Vh` is `[r + rank, in_features]` and `U` `[out_features, r + rank]`.
         save_z: keep `x Vhᵀ` (as many numbers as tokens · rank) for the backward pass; otherwise it is computed again
             there, `2 · tokens · in_features · rank` operations.
+        group: of int4 factors, columns to a scale.
         backend: "auto" chooses; a name runs that one or raises.
 
     Returns:
@@ -66,6 +70,15 @@ def masked_svd_linear(
 
     Source: "Choose Your Model Size" (arXiv 2502.01717), straight-through estimator of its section on score maps.
     """
+    if isinstance(Vh, Quantized) or isinstance(U, Quantized):
+        if adapter is not None or not save_z:
+            raise ValueError(
+                f"{OPERATOR}: quantized factors take neither an adapter, whose product is to be added to this one, nor "
+                "save_z=False"
+            )
+        x, bias = common.autocast(x, bias)
+        live = mask if rows is None else mask[rows]
+        return quantized.forward(x, Vh, U, S, live, bias, mask_scale, group, backend)
     x, Vh, U, bias = common.autocast(x, Vh, U, bias)
     _check(x, Vh, U, S, mask, bias, mask_scale, rows, adapter)
     common.choose_backend(OPERATOR, backend, BACKENDS, x)
