@@ -4,7 +4,8 @@ Greedy decoding of a SmolLM2-135M and of a model of a 1B-class llama's shape, by
 this package's compiled loop (`acip_kernels.generation`), dense and at several sizes:
 
 - "dense"; "dense, fused": its layers on this package's kernels; "two F.linear": factors as one writes them in PyTorch;
-- "ours": `LowRankLinear`; "ours, fused": after `acip_kernels.fuse`; the same with int8 and int4 factors.
+- "ours": `LowRankLinear`; "ours, fused": after `acip_kernels.fuse`; the same with int8 and int4 factors, and
+  with an embedding and output head in int8.
 
 What the weights are does not change what they cost, so this is about speed alone: factors are random numbers, of the
 rank that the size gives every layer alike, and all variants of a model share its embedding, head and norms. What
@@ -23,6 +24,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import itertools
 import pathlib
 import re
 import statistics
@@ -40,9 +42,11 @@ import acip_kernels
 from acip_kernels import LowRankLinear, data, files, report
 from acip_kernels.generation import Decoder
 from acip_kernels.models.fuse import is_fused
+from acip_kernels.models.quantizer import put_embeddings
 from acip_kernels.models.targets import linear_layers
 from acip_kernels.ops import extension
 from acip_kernels.ops.fused_linear import measured
+from acip_kernels.ops.quantize import Scheme
 
 from .decode_cpu import quantized, rank_at
 from .training_step import ROOT, markdown, peak_bytes
@@ -54,10 +58,11 @@ RATIOS = (0.8, 0.6, 0.4)
 GENERATE, COMPILED = "generate", "compiled loop"
 DENSE, DENSE_FUSED, TWO = "dense", "dense, fused", "two F.linear"
 OURS, FUSED, INT8, INT4 = "ours", "ours, fused", "ours, fused, int8", "ours, fused, int4"
+INT4_ALL = "ours, fused, int4, embeddings int8"
 STATIC, GRAPH = "generate, static cache", "CUDA graph"
 PROMPT, NEW_TOKENS = 16, 64
 # Compiling takes most of the time here: these are compiled at every size, the others at the smallest alone.
-COMPILED_EVERYWHERE = (FUSED, INT4)
+COMPILED_EVERYWHERE = (FUSED, INT4, INT4_ALL)
 
 
 # ---- models
@@ -151,15 +156,23 @@ def variants_at(model: nn.Module, ratio: float) -> dict[str, nn.Module]:
             found[variant] = acip_kernels.fuse(
                 with_layers(model, lambda name, kind=kind: quantized(shared_copy(layers[name]), kind))
             )
+        everything = with_layers(model, lambda name: quantized(shared_copy(layers[name]), "int4"))
+        put_embeddings(everything, Scheme("int8"))
+        found[INT4_ALL] = acip_kernels.fuse(everything)
     return found
 
 
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes that a token reads: all weights, the embedding once more only where the head has its own."""
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    if head is not embedding:
-        tensors.pop(id(embedding), None)
+    """Bytes that a token reads: all weights, but of an embedding that is not the head's too."""
+    tensors = {id(tensor): tensor for tensor in tensors_of(model) if tensor.numel()}
+    of_head = {id(tensor) for tensor in tensors_of(model.get_output_embeddings())}
+    for tensor in tensors_of(model.get_input_embeddings()):
+        if id(tensor) not in of_head:
+            tensors.pop(id(tensor), None)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -525,6 +538,14 @@ def targets(results: list[dict]) -> list[dict]:
         of(LLAMA, FUSED, COMPILED, "times_dense", 2, "1B shape, fused bfloat16 at 40 %, both compiled: × dense"),
         of(LLAMA, INT4, GENERATE, "times_dense", 4, "1B shape, fused int4 at 40 %, both by generate: × dense"),
         of(LLAMA, INT4, COMPILED, "times_dense", 4, "1B shape, fused int4 at 40 %, both compiled: × dense"),
+        of(
+            LLAMA,
+            INT4_ALL,
+            COMPILED,
+            "times_dense",
+            4,
+            "1B shape, with int8 embeddings, both compiled: × dense",
+        ),
         of(SMOL, FUSED, GENERATE, "times_dense", 1.5, "SmolLM2, fused at 40 %, both by generate: × dense"),
         of(SMOL, FUSED, COMPILED, "times_dense_generate", 3, "SmolLM2, fused at 40 %, compiled: × dense by generate"),
     ]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ..ops import quantize as q
 from .quantized_linear import QuantizedLinear
 
+_ROWS = 8192  # that are rounded at once
+
 
 class QuantizedEmbedding(nn.Module):
     """`nn.Embedding` of a weight `[num_embeddings, embedding_dim]` in one of the formats of `ops.quantize`.
@@ -57,8 +59,11 @@ class QuantizedEmbedding(nn.Module):
         like = {"scale": float(scale), "device": weight.device, "dtype": weight.dtype}
         new = cls(embedding.num_embeddings, embedding.embedding_dim, **scheme.options, **like)
         if not empty:
-            for name, tensor in q.quantize(weight, **scheme.options)._asdict().items():
-                setattr(new, name, tensor)
+            # Some rows at a time: what rounding makes on its way is several times the weight.
+            parts = [q.quantize(rows, **scheme.options)._asdict() for rows in weight.split(_ROWS)]
+            for name in parts[0]:
+                if parts[0][name] is not None:
+                    setattr(new, name, torch.cat([part[name] for part in parts]))
         return new.train(embedding.training)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
