@@ -99,6 +99,7 @@ def import_factors(
         config.quantization_config = quantizer.AcipConfig("materialized", ranks, **about).to_dict()
     model = saving._from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = base.name or ""
+    model.generation_config = base.generation or model.generation_config
     return model.eval()
 
 

@@ -197,6 +197,7 @@ def load(
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
+    _take_generation_config(model, path)
     if quantize_embeddings is not None:
         quantizer.quantize_embeddings(model, Scheme(quantize_embeddings, quantize_group, quantize_symmetric))
     return _fused_if(fuse, model)
@@ -531,8 +532,22 @@ def _rebuild(path, config, acip: quantizer.AcipConfig, base_model, svd_cache, dt
             model.set_submodule(name, new)
     model.config.quantization_config = _factorized(acip, base_model=str(base_model)).to_dict()
     model.config._name_or_path = str(path)
+    _take_generation_config(model, path)
     quantizer.attach_factorized(model)
     return model.eval()
+
+
+def _take_generation_config(model: nn.Module, path: pathlib.Path) -> None:
+    """How the model generates, what ends its texts say, which from_pretrained does not read of a state dict."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if file.exists():
+        fields = files.read_json(file)
+        try:
+            model.generation_config = GenerationConfig.from_dict(fields)
+        except Exception as error:  # whatever comparing a value of another type says
+            raise ValueError(f"{file} is no generation config: {error}") from error
 
 
 def _factorized(acip: quantizer.AcipConfig, **changes) -> quantizer.AcipConfig:
