@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import acip_kernels
 from acip_kernels import cli, launch
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
@@ -30,6 +31,7 @@ COMMANDS = (
     "tune",
     "run",
     "info",
+    "verify",
     "plot",
     "demo",
 )
@@ -180,7 +182,7 @@ def test_import_of_factors_and_export(base, tmp_path):
 
 
 @pytest.mark.parametrize("adapters", ["merge", "truncate"])
-def test_finetune_trains_and_merges(base, tmp_path, adapters):
+def test_finetune_trains_and_merges(base, tmp_path, adapters, monkeypatch):
     folder, summary = base
     elastic = folder / summary["elastic"]
     small = as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "small", "--adapters", "drop")
@@ -190,7 +192,13 @@ def test_finetune_trains_and_merges(base, tmp_path, adapters):
     assert (tuned["file_bytes"] > small["file_bytes"]) == (adapters == "merge")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert model(toys.token_ids()).logits.isfinite().all()
+    loads, load = [], acip_kernels.load
+    monkeypatch.setattr(acip_kernels, "load", lambda *arguments, **named: loads.append(1) or load(*arguments, **named))
     as_json("finetune", elastic, "-s", 0.6, "-d", folder / "text.txt", "-o", tmp_path / "cut", *options)
+    assert len(loads) == 1
+    for model in ((elastic, "-s", 0.6), (tmp_path / "small",)):
+        with pytest.raises(ValueError, match="--distillation would do nothing: adapters are trained"):
+            acip("finetune", *model, "-o", tmp_path / "none", "--distillation", 0.5)
     with pytest.raises(ValueError, match="say which with --size-ratio"):
         acip("finetune", elastic, "-d", folder / "text.txt", "-o", tmp_path / "none", *options)
 
@@ -216,6 +224,10 @@ def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_
     assert tuned["parameters"] == small["parameters"] and tuned["file_bytes"] == small["file_bytes"]
     with pytest.raises(ValueError, match="say which with --size-ratio"):
         acip("finetune", elastic, "-o", tmp_path / "none", *data)
+    idle = ("--adapter-alpha", 8, "--adapter-dropout", 0.0, "--adapters", "truncate")
+    message = "--adapter-alpha, --adapter-dropout, --adapters would do nothing: the factors of this checkpoint are"
+    with pytest.raises(ValueError, match=message):
+        acip("finetune", elastic, "-s", 0.5, "-o", tmp_path / "none", *idle, *data)
 
 
 def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_path):

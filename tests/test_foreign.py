@@ -165,19 +165,21 @@ def test_a_checkpoint_without_a_factorized_layer_is_an_ordinary_model(tmp_path):
     assert_computes(model, published)
 
 
+QWEN2_OF_4_46 = """{
+  "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.3, "intermediate_size": 48,
+  "max_position_embeddings": 64, "max_window_layers": 2, "model_type": "qwen2", "num_attention_heads": 4,
+  "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": null,
+  "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+  "transformers_version": "4.46.3", "use_cache": true, "use_sliding_window": false, "vocab_size": 64
+}"""
+
+
 def test_the_base_models_config_may_be_of_the_transformers_that_published_ones_need(tmp_path):
     """Qwen2's as 4.46.3 writes it: other names than today's, and no list of layer types."""
     base = tmp_path / "base"
     base.mkdir()
-    fields = {
-        **{"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "transformers_version": "4.46.3"},
-        **{"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 32},
-        **{"initializer_range": 0.3, "intermediate_size": 48, "max_position_embeddings": 64, "max_window_layers": 2},
-        **{"num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06},
-        **{"rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": None, "tie_word_embeddings": True},
-        **{"torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": toys.VOCABULARY},
-    }
-    (base / "config.json").write_text(json.dumps(fields))
+    (base / "config.json").write_text(QWEN2_OF_4_46)
     published = Published(toys.qwen2(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), adapters=LORA)
     result = import_checkpoint(published.write(tmp_path / "published"), base, dtype=torch.float32)
     assert_computes(result.model, published)

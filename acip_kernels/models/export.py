@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import files
+from .. import checksums, files
 from ..nn import LowRankLinear, PivotLinear, QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from ..nn.quantized_linear import dense_weight
 from . import quantizer, saving
@@ -129,6 +129,7 @@ def save_factors(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = 
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         files.write_text(directory / "README.md", _CARD.format(loader=_LOADER))
+        checksums.write(directory)
 
 
 _FREE = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
@@ -197,6 +198,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = N
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         saving.plain_config(model).save_pretrained(directory)
+        checksums.write(directory)
 
 
 def _replaced(model: nn.Module, replace) -> nn.Module:

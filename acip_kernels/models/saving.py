@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import files
+from .. import checksums, files
 from ..compress.config import CompressionConfig
 from ..compress.factorize import cached_svd, svd_layers
 from ..compress.materialize import Cut, layer_tensors, materialize, plan_cut
@@ -72,7 +72,8 @@ def save(
 
     A `CompressionResult`, or a model with `SVDLinear` layers, becomes an *elastic* checkpoint: factors in the order of
     their scores, scores, adapters and everything else, so that `load(path, size_ratio=…)` reads just what that size
-    needs. Any other transformers model is written by its own `save_pretrained`, with a model card.
+    needs. Any other transformers model is written by its own `save_pretrained`, with a model card. `verify` tells later
+    whether all of it is as it was written.
 
     Args:
         tokenizer: written along if given.
@@ -107,6 +108,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         files.write_text(directory / "README.md", model_card(model, result, base_model))
+        checksums.write(directory)
 
 
 def load(
