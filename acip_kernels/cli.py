@@ -75,7 +75,7 @@ def main():
         app()
     except (KeyboardInterrupt, SystemExit) as end:
         # typer makes an exit of Ctrl-C, and says nothing.
-        stop = end
+        stop: BaseException | None = end
         while stop is not None and not isinstance(stop, KeyboardInterrupt):
             stop = stop.__cause__ or stop.__context__
         if stop is None:
@@ -280,6 +280,7 @@ def _compress(model, output, settings, data, column, batch_size, length, compact
     from .compress import compress as run
     from .compress.config import cast
     from .compress.processes import Processes
+    from .models.quantizer import quantized_layers
     from .models.saving import checkpoint_dtype
 
     # Several processes speak with one voice.
@@ -287,6 +288,11 @@ def _compress(model, output, settings, data, column, batch_size, length, compact
     if not main_process:
         console.quiet = True
     loaded, tokenizer = _load(model, device, settings.dtype)
+    if quantized := quantized_layers(loaded):
+        raise ValueError(
+            f"{model} has quantized layers, as {quantized[0]}, which no elastic checkpoint holds: compress the model "
+            "that it was made from"
+        )
     stored_dtype = checkpoint_dtype(model)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=settings.seed)
@@ -583,6 +589,7 @@ def import_model(
         )
     config = source / "config.json"
     fields = files.read_json(config) if config.exists() else {}
+    result: typing.Any
     if is_published(fields):
         if names != "auto":
             raise ValueError(f"{source} is a published ACIP checkpoint, whose names are known: leave --names out")
@@ -596,7 +603,7 @@ def import_model(
         model = result = acip_kernels.import_factors(source, base, patterns, dtype=dtype)
     place = source if source.is_dir() else source.parent
     save(result, output, tokenizer=_tokenizer_if_any(place, base), base_model=base, overwrite=overwrite)
-    about = {"model": str(output), "kind": "elastic" if _is_elastic(output) else "materialized"}
+    about: dict = {"model": str(output), "kind": "elastic" if _is_elastic(output) else "materialized"}
     if about["kind"] == "elastic":
         about |= {"layers": len(result.scores), "run_ended_at": result.size_ratio}
         _print(about, as_json)
@@ -925,7 +932,7 @@ def serve(
             )
         name = name or pathlib.Path(model).resolve().name
         host, port = listener.getsockname()[:2]
-        about = {"model": name, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"}
+        about: dict = {"model": name, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"}
         about |= {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."), "fused": bool(fuse)}
         if as_json:
             typer.echo(json.dumps(about))
@@ -965,6 +972,8 @@ def info(
         about |= {"kind": "published ACIP checkpoint", "model_type": fields.get("model_type")}
         about["base_model"] = base_name(fields)
         about["to_use_it"] = f"acip import {path} --base MODEL -o DIRECTORY"
+    elif (path / "factors.safetensors").exists():
+        about["kind"] = "plain nn.Linear pairs (acip export --form factors)"
     if about["kind"] == "elastic":
         from .compress.result import CompressionResult
 
@@ -1141,13 +1150,28 @@ def _tokenizer(*names):
     """The tokenizer of the first of these that has one; None among them is nothing."""
     from transformers import AutoTokenizer
 
-    names = [name for name in names if name is not None]
+    places: list = []
     for name in names:
+        base = _published_base(name)
+        # A published checkpoint need not hold one, and the model that it was made from does.
+        places += [name] if base is None or list(pathlib.Path(name).glob("tokenizer*")) else [base]
+    places = [place for place in places if place is not None]
+    for place in places:
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError):
             continue
-    raise ValueError(f"{names[0]} holds no tokenizer: copy its files there, or name the model that has it")
+    raise ValueError(f"{places[0]} holds no tokenizer: copy its files there, or name the model that has it")
+
+
+def _published_base(name) -> str | None:
+    """The model that a published ACIP checkpoint says it was made from; None for whatever else."""
+    from . import files
+    from .models.foreign import base_name, is_published
+
+    config = None if name is None else pathlib.Path(name) / "config.json"
+    fields = files.read_json(config) if config is not None and config.is_file() else {}
+    return base_name(fields) if is_published(fields) else None
 
 
 def _tokenizer_if_any(*names):

@@ -522,7 +522,10 @@ class Table:
 
     @functools.cached_property
     def _pays(self) -> tuple[bool, bool]:
-        return tuple(any(times.ours_is_faster(graph) for times in self.times.values()) for graph in (False, True))
+        def any_pays(graph: bool) -> bool:
+            return any(times.ours_is_faster(graph) for times in self.times.values())
+
+        return any_pays(False), any_pays(True)
 
     def _nearest(self, held: Mapping, key):
         for count in self.tokens:

@@ -150,6 +150,18 @@ def test_import_of_a_published_checkpoint(base, tmp_path):
     second = as_json("materialize", path, "--base-model", folder / "toy", *options, "-o", tmp_path / "second")
     assert first | {"model": ""} == second | {"model": ""}
     assert as_json("info", tmp_path / "first")["ranks"] == as_json("info", tmp_path / "second")["ranks"]
+    # One that says where its base model is needs no more for its size, its tokenizer included.
+    published = Published(dense)
+    kwargs = published.config["base_model_config"]["pretrained_model_kwargs"]
+    kwargs["pretrained_model_name_or_path"] = str(folder / "toy")
+    named = published.write(tmp_path / "named")
+    options = ("-s", 0.6, "-d", folder / "text.txt", "--context", 16, "--max-windows", 2, "--no-speed")
+    (row,) = as_json("evaluate", named, *options)["rows"]
+    assert row["factorized"] <= 0.6
+    as_json("materialize", named, "-s", 0.6, "-o", tmp_path / "third")
+    assert list((tmp_path / "third").glob("tokenizer*"))
+    with pytest.raises(ValueError, match="is a published ACIP checkpoint: `acip import` it"):
+        acip("finetune", named, "-s", 0.6, "-o", tmp_path / "none")
     with pytest.raises(ValueError, match="whose names are known: leave --names out"):
         acip("import", path, "--base", folder / "toy", "--names", "asvd", "-o", tmp_path / "none")
 
@@ -174,6 +186,7 @@ def test_import_of_factors_and_export(base, tmp_path):
     for form in ("dense", "factors", "onnx"):
         sizes[form] = as_json("export", tmp_path / "imported", "--form", form, "-o", tmp_path / form)["file_bytes"]
     assert sizes["factors"] < sizes["dense"]
+    assert as_json("info", tmp_path / "factors")["kind"].startswith("plain nn.Linear pairs")
     imported, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("imported", "dense"))
     toys.assert_close(toys.logits(dense), toys.logits(imported))
     for wrong, message in (("gguf", "--form must be one of dense, factors, onnx"), ("dense", "not empty")):
@@ -201,6 +214,13 @@ def test_finetune_trains_and_merges(base, tmp_path, adapters, monkeypatch):
             acip("finetune", *model, "-o", tmp_path / "none", "--distillation", 0.5)
     with pytest.raises(ValueError, match="say which with --size-ratio"):
         acip("finetune", elastic, "-d", folder / "text.txt", "-o", tmp_path / "none", *options)
+
+
+def test_compressing_quantized_layers_is_refused_before_the_work(base, tmp_path):
+    folder, summary = base
+    as_json("materialize", folder / summary["elastic"], "-s", 0.5, "--quantize", "int8", "-o", tmp_path / "small")
+    with pytest.raises(ValueError, match="has quantized layers, as .*: compress the model that it was made from"):
+        acip("compress", tmp_path / "small", "-d", folder / "text.txt", "-o", tmp_path / "run", *BATCHES)
 
 
 def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_path):

@@ -188,8 +188,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = N
     except ImportError as error:
         raise RuntimeError(f"ONNX export needs the package {error.name}: pip install 'acip-kernels[onnx]'") from None
     program = export_program(model)
-    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["logits"]}
-    names["dynamic_shapes"] = {name: {0: "batch", 1: "sequence"} for name in names["input_names"]}
+    inputs = ["input_ids", "attention_mask"]
+    shapes = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    names: dict[str, Any] = {"input_names": inputs, "output_names": ["logits"], "dynamic_shapes": shapes}
     with files.new_directory(path, overwrite=overwrite) as directory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's own parts, to each other
@@ -205,7 +206,8 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
     """A copy of `model` with `replace(name, layer)` in the place of this package's layers."""
     if any(hasattr(module, "set_live") for module in model.modules()):
         raise ValueError("the model is of all sizes: cut one first, by materialize(model, size_ratio)")
-    memo, inside = {}, set()
+    memo: dict[int, nn.Module] = {}
+    inside: set[nn.Module] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedHead):
             continue
@@ -245,7 +247,7 @@ def _plain_embeddings(model: nn.Module, memo: dict[int, nn.Module]) -> None:
             memo[id(layer)] = new.train(layer.training)
 
 
-def _bias(layer: nn.Module) -> Tensor | None:
+def _bias(layer: LowRankLinear | PivotLinear) -> Tensor | None:
     return layer.U.bias if isinstance(layer, LowRankLinear) else layer.bias
 
 

@@ -240,8 +240,11 @@ class _Base:
 
         about = _object(fields, "base_model_config")
         options = _object(fields, "base_model_config", "pretrained_model_kwargs")
-        dtype = _dtype(options.get("torch_dtype") or options.get("dtype") or "auto")
-        name, config, state, generation = base_model, None, None, None
+        dtype: Any = _dtype(options.get("torch_dtype") or options.get("dtype") or "auto")
+        name: Any = base_model
+        config: Any = None
+        state: dict[str, Tensor] | None = None
+        generation: Any = None
         if isinstance(base_model, nn.Module):
             name, config = base_model.config._name_or_path or None, base_model.config
             dtype, state = base_model.dtype, base_model.state_dict()

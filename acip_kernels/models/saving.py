@@ -160,7 +160,7 @@ def load(
 
         source = {"base_model": base_model, "dtype": dtype, "device_map": device_map, "svd_cache": svd_cache}
         return _cut(import_checkpoint(path, **source).model, size_ratio, fuse, cutting | rounding)
-    config = _config(path)
+    config, generation = _config(path), _generation_config(path)
     fields = _acip_fields(config)
     acip = quantizer.AcipConfig(**fields) if fields else None
     if acip is not None and acip.kind == "factorized":
@@ -185,6 +185,7 @@ def load(
         return _fused_if(fuse, model)
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
+        model.generation_config = generation or model.generation_config
         return _cut(model, size_ratio, fuse, cutting | rounding)
     _check_cut(size_ratio, fuse)
     with _Elastic(path, acip) as elastic:
@@ -199,7 +200,7 @@ def load(
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
-    _take_generation_config(model, path)
+    model.generation_config = generation or model.generation_config
     if quantize_embeddings is not None:
         quantizer.quantize_embeddings(model, Scheme(quantize_embeddings, quantize_group, quantize_symmetric))
     return _fused_if(fuse, model)
@@ -534,22 +535,8 @@ def _rebuild(path, config, acip: quantizer.AcipConfig, base_model, svd_cache, dt
             model.set_submodule(name, new)
     model.config.quantization_config = _factorized(acip, base_model=str(base_model)).to_dict()
     model.config._name_or_path = str(path)
-    _take_generation_config(model, path)
     quantizer.attach_factorized(model)
     return model.eval()
-
-
-def _take_generation_config(model: nn.Module, path: pathlib.Path) -> None:
-    """How the model generates, what ends its texts say, which from_pretrained does not read of a state dict."""
-    from transformers import GenerationConfig
-
-    file = path / "generation_config.json"
-    if file.exists():
-        fields = files.read_json(file)
-        try:
-            model.generation_config = GenerationConfig.from_dict(fields)
-        except Exception as error:  # whatever comparing a value of another type says
-            raise ValueError(f"{file} is no generation config: {error}") from error
 
 
 def _factorized(acip: quantizer.AcipConfig, **changes) -> quantizer.AcipConfig:
@@ -793,6 +780,20 @@ def _config(path: pathlib.Path):
     if not isinstance(config.dtype, torch.dtype | None):
         raise ValueError(f"{path / 'config.json'}: dtype cannot be {fields.get('dtype')!r}")
     return config
+
+
+def _generation_config(path: pathlib.Path):
+    """How the model generates, what ends its texts say; from_pretrained does not read it where it is given a state."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if not file.exists():
+        return None
+    fields = files.read_json(file)
+    try:
+        return GenerationConfig.from_dict(fields)
+    except Exception as error:  # whatever comparing a value of another type says
+        raise ValueError(f"{file} is no generation config: {error}") from error
 
 
 def _check_numbers_and_code(file: pathlib.Path, fields: dict) -> None:
