@@ -227,6 +227,7 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
 def _plain_embeddings(model: nn.Module, memo: dict[int, nn.Module]) -> None:
     """Into `memo`, what becomes of a quantized embedding, and of the head that shares it."""
     dense = saving.plain_class(model)
+    new: nn.Module
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedEmbedding):
             sizes = layer.num_embeddings, layer.embedding_dim
@@ -240,10 +241,9 @@ def _plain_embeddings(model: nn.Module, memo: dict[int, nn.Module]) -> None:
         if isinstance(layer, QuantizedHead):
             (source,) = layer._source
             new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-            new.weight, new.bias = (
-                memo[id(source)].weight,
-                None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()),
-            )
+            new.register_parameter("weight", memo[id(source)].get_parameter("weight"))
+            if layer.bias is not None:
+                new.register_parameter("bias", nn.Parameter(layer.bias.detach().clone()))
             memo[id(layer)] = new.train(layer.training)
 
 

@@ -312,6 +312,7 @@ def put_embeddings(model: nn.Module, scheme: Scheme, empty: bool = False) -> Non
     if head is None:
         return
     name = names[id(head)]
+    new_head: QuantizedLinear
     if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
         new_head = QuantizedHead(new, head.bias)
     elif empty:
@@ -329,7 +330,7 @@ def quantize_embeddings(model: PreTrainedModel, scheme: Scheme) -> None:
     fields = getattr(model.config, "quantization_config", None) or {"kind": "materialized"}
     config = AcipConfig(**(fields if isinstance(fields, dict) else fields.to_dict()) | {"embeddings": scheme.to_dict()})
     model.config.quantization_config = config.to_dict()
-    model.hf_quantizer = AcipQuantizer(config)
+    model.hf_quantizer = AcipQuantizer(config)  # type: ignore[assignment]  # declared nowhere
     _be_ordinary(model)
 
 
