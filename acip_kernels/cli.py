@@ -1150,12 +1150,11 @@ def _tokenizer(*names):
     """The tokenizer of the first of these that has one; None among them is nothing."""
     from transformers import AutoTokenizer
 
-    places: list = []
-    for name in names:
-        base = _published_base(name)
-        # A published checkpoint need not hold one, and the model that it was made from does.
-        places += [name] if base is None or list(pathlib.Path(name).glob("tokenizer*")) else [base]
-    places = [place for place in places if place is not None]
+    bases = {name: _published_base(name) for name in names if name is not None}
+    # A published checkpoint need not hold one, and the model that it was made from does: the last to be asked, as it
+    # may have to be fetched.
+    places = [name for name, base in bases.items() if base is None or list(pathlib.Path(name).glob("tokenizer*"))]
+    places += [base for base in bases.values() if base is not None]
     for place in places:
         try:
             return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
@@ -1169,8 +1168,8 @@ def _published_base(name) -> str | None:
     from . import files
     from .models.foreign import base_name, is_published
 
-    config = None if name is None else pathlib.Path(name) / "config.json"
-    fields = files.read_json(config) if config is not None and config.is_file() else {}
+    config = pathlib.Path(name) / "config.json"
+    fields = files.read_json(config) if config.is_file() else {}
     return base_name(fields) if is_published(fields) else None
 
 
