@@ -4,6 +4,7 @@ Importing this package registers the weight format "acip" with transformers, so 
 has saved.
 """
 
+from .checksums import verify
 from .compress import (
     CompressionConfig,
     CompressionResult,
@@ -60,4 +61,5 @@ __all__ = [
     "score_by_singular_values",
     "to_plain",
     "unfuse",
+    "verify",
 ]

@@ -75,7 +75,7 @@ def main():
         app()
     except (KeyboardInterrupt, SystemExit) as end:
         # typer makes an exit of Ctrl-C, and says nothing.
-        stop = end
+        stop: BaseException | None = end
         while stop is not None and not isinstance(stop, KeyboardInterrupt):
             stop = stop.__cause__ or stop.__context__
         if stop is None:
@@ -280,6 +280,7 @@ def _compress(model, output, settings, data, column, batch_size, length, compact
     from .compress import compress as run
     from .compress.config import cast
     from .compress.processes import Processes
+    from .models.quantizer import quantized_layers
     from .models.saving import checkpoint_dtype
 
     # Several processes speak with one voice.
@@ -287,6 +288,11 @@ def _compress(model, output, settings, data, column, batch_size, length, compact
     if not main_process:
         console.quiet = True
     loaded, tokenizer = _load(model, device, settings.dtype)
+    if quantized := quantized_layers(loaded):
+        raise ValueError(
+            f"{model} has quantized layers, as {quantized[0]}, which no elastic checkpoint holds: compress the model "
+            "that it was made from"
+        )
     stored_dtype = checkpoint_dtype(model)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=settings.seed)
@@ -445,19 +451,33 @@ def finetune(
         float | None, typer.Option(help="AdamW's: 2e-4 for adapters, 3e-4 for factors if not given.")
     ] = None,
     distillation: Annotated[
-        float, typer.Option(help="Weight of the teacher, the checkpoint at its full size, where factors are trained.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="Where factors are trained: weight of the teacher, the checkpoint at its full size. [default: 0.5]",
+            show_default=False,
+        ),
+    ] = None,
     adapter_rank: Annotated[
         int, typer.Option(help="Rank of the LoRA adapter beside each low-rank layer, or of the factors' updates.")
     ] = 32,
-    adapter_alpha: Annotated[float, typer.Option(help="Its α: the adapter counts α/rank.")] = 16.0,
-    adapter_dropout: Annotated[float, typer.Option(help="Dropout on its input.")] = 0.05,
-    adapters: Annotated[
-        str,
+    adapter_alpha: Annotated[
+        float | None,
         typer.Option(
-            help="What becomes of them: merge (exactly, as further ranks) or truncate (to the ranks there were)."
+            help="Where adapters are trained: their α, an adapter counts α/rank. [default: 16]", show_default=False
         ),
-    ] = "merge",
+    ] = None,
+    adapter_dropout: Annotated[
+        float | None,
+        typer.Option(help="Where adapters are trained: dropout on their input. [default: 0.05]", show_default=False),
+    ] = None,
+    adapters: Annotated[
+        str | None,
+        typer.Option(
+            help="Where adapters are trained: what becomes of them, merge (exactly, as further ranks) or truncate (to "
+            "the ranks there were). [default: merge]",
+            show_default=False,
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences a batch.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches a step.")] = 1,
@@ -479,29 +499,41 @@ def finetune(
     from . import CompressionResult, files, save
     from . import data as texts
     from .compress import materialize as cut
-    from .compress.finetune import has_adapters
+    from .models.foreign import is_published
     from .models.saving import checkpoint_dtype, stored_config
 
-    if adapters not in ("merge", "truncate"):
+    if adapters not in (None, "merge", "truncate"):
         raise ValueError(f"--adapters must be merge or truncate, got {adapters!r}")
-    loaded, tokenizer = _load(str(model), device, "auto")
-    elastic = any(hasattr(module, "set_live") for module in loaded.modules())
-    factors = elastic and size_ratio is not None and not has_adapters(loaded)
-    if size_ratio is not None and not factors:
-        loaded, tokenizer = _load(str(model), device, "auto", size_ratio)
-    elif elastic and not factors:
+    fields = files.read_json(model / "config.json")
+    if is_published(fields):
+        raise ValueError(f"{model} is a published ACIP checkpoint: `acip import` it, and tune what comes of that")
+    acip = _acip_fields(model)
+    elastic = acip.get("kind") == "elastic"
+    if elastic and size_ratio is None:
         raise ValueError(f"{model} is an elastic checkpoint, of every size: say which with --size-ratio")
+    factors = elastic and not any(layer.get("adapter_rank") for layer in acip["layers"].values())
+    options: dict = {"adapter_rank": adapter_rank, "learning_rate": learning_rate, "seed": seed}
+    options["gradient_accumulation"] = gradient_accumulation
+    for_adapters = {"adapter_alpha": adapter_alpha, "adapter_dropout": adapter_dropout, "adapters": adapters}
+    idle = for_adapters if factors else {"distillation": distillation}
+    given = ", ".join(f"--{name.replace('_', '-')}" for name, value in idle.items() if value is not None)
+    if given:
+        what = "the factors of this checkpoint are trained, and no adapters" if factors else "adapters are trained"
+        raise ValueError(f"{given} would do nothing: {what}")
+    loaded, tokenizer = _load(str(model), device, "auto", None if factors else size_ratio)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=seed)
-    options = {"adapter_rank": adapter_rank, "adapter_alpha": adapter_alpha, "adapter_dropout": adapter_dropout}
-    options |= {"learning_rate": learning_rate, "gradient_accumulation": gradient_accumulation, "seed": seed}
     if factors:
         loaded = CompressionResult(loaded, stored_config(model))
-        options |= {"size_ratio": size_ratio, "distillation": distillation}
+        options |= {"size_ratio": size_ratio, "distillation": 0.5 if distillation is None else distillation}
+    else:
+        options["adapter_alpha"] = 16.0 if adapter_alpha is None else adapter_alpha
+        options["adapter_dropout"] = 0.05 if adapter_dropout is None else adapter_dropout
     result = acip_kernels.finetune(loaded, batches, steps, **options, progress=not as_json)
-    tuned = cut(result, size_ratio if factors else 1.0, adapters=adapters, dtype=checkpoint_dtype(str(model)))
-    about = files.read_json(model / "config.json").get("quantization_config", {})
-    save(tuned, output, tokenizer=tokenizer, base_model=about.get("base_model"), overwrite=overwrite)
+    merged = "auto" if factors else adapters or "merge"
+    tuned = cut(result, size_ratio if factors else 1.0, adapters=merged, dtype=checkpoint_dtype(str(model)))
+    base = fields.get("quantization_config", {}).get("base_model")
+    save(tuned, output, tokenizer=tokenizer, base_model=base, overwrite=overwrite)
     losses = [row["loss"] for row in result.history]
     summary = {"model": str(output), "steps": steps, "first_loss": losses[0], "last_loss": losses[-1]}
     _print(summary | _about(tuned, output), as_json)
@@ -557,6 +589,7 @@ def import_model(
         )
     config = source / "config.json"
     fields = files.read_json(config) if config.exists() else {}
+    result: typing.Any
     if is_published(fields):
         if names != "auto":
             raise ValueError(f"{source} is a published ACIP checkpoint, whose names are known: leave --names out")
@@ -570,7 +603,7 @@ def import_model(
         model = result = acip_kernels.import_factors(source, base, patterns, dtype=dtype)
     place = source if source.is_dir() else source.parent
     save(result, output, tokenizer=_tokenizer_if_any(place, base), base_model=base, overwrite=overwrite)
-    about = {"model": str(output), "kind": "elastic" if _is_elastic(output) else "materialized"}
+    about: dict = {"model": str(output), "kind": "elastic" if _is_elastic(output) else "materialized"}
     if about["kind"] == "elastic":
         about |= {"layers": len(result.scores), "run_ended_at": result.size_ratio}
         _print(about, as_json)
@@ -899,7 +932,7 @@ def serve(
             )
         name = name or pathlib.Path(model).resolve().name
         host, port = listener.getsockname()[:2]
-        about = {"model": name, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"}
+        about: dict = {"model": name, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"}
         about |= {"device": str(loaded.device), "dtype": str(loaded.dtype).removeprefix("torch."), "fused": bool(fuse)}
         if as_json:
             typer.echo(json.dumps(about))
@@ -939,6 +972,8 @@ def info(
         about |= {"kind": "published ACIP checkpoint", "model_type": fields.get("model_type")}
         about["base_model"] = base_name(fields)
         about["to_use_it"] = f"acip import {path} --base MODEL -o DIRECTORY"
+    elif (path / "factors.safetensors").exists():
+        about["kind"] = "plain nn.Linear pairs (acip export --form factors)"
     if about["kind"] == "elastic":
         from .compress.result import CompressionResult
 
@@ -964,6 +999,28 @@ def info(
     weights = list(path.glob("*.safetensors"))
     about["file_bytes"] = sum(file.stat().st_size for file in weights)
     _print(about, as_json)
+
+
+@app.command()
+def verify(
+    path: Annotated[
+        pathlib.Path, typer.Argument(help="An elastic or materialized checkpoint, or an export, of this package.")
+    ],
+    as_json: Json = False,
+):
+    """Whether every byte of a directory is as it was saved: after a copy, a download, or years on a disk.
+
+    All of it is read and compared with checksums.json, which was written along; what is damaged or missing is named, by
+    its tensor, and the exit status is 1. Loading does not do this: it reads what it needs.
+
+    Example: `acip verify smol-60`
+    """
+    from . import checksums
+    from .compress.progress import RunProgress
+
+    with RunProgress(enabled=not as_json) as shown, shown.counting("verify", "bytes") as progress:
+        found = checksums.verify(path, progress=progress)
+    _print({"path": str(path), "as_saved": True, **found}, as_json)
 
 
 @app.command()
@@ -1093,13 +1150,27 @@ def _tokenizer(*names):
     """The tokenizer of the first of these that has one; None among them is nothing."""
     from transformers import AutoTokenizer
 
-    names = [name for name in names if name is not None]
-    for name in names:
+    bases = {name: _published_base(name) for name in names if name is not None}
+    # A published checkpoint need not hold one, and the model that it was made from does: the last to be asked, as it
+    # may have to be fetched.
+    places = [name for name, base in bases.items() if base is None or list(pathlib.Path(name).glob("tokenizer*"))]
+    places += [base for base in bases.values() if base is not None]
+    for place in places:
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except (OSError, ValueError):
             continue
-    raise ValueError(f"{names[0]} holds no tokenizer: copy its files there, or name the model that has it")
+    raise ValueError(f"{places[0]} holds no tokenizer: copy its files there, or name the model that has it")
+
+
+def _published_base(name) -> str | None:
+    """The model that a published ACIP checkpoint says it was made from; None for whatever else."""
+    from . import files
+    from .models.foreign import base_name, is_published
+
+    config = pathlib.Path(name) / "config.json"
+    fields = files.read_json(config) if config.is_file() else {}
+    return base_name(fields) if is_published(fields) else None
 
 
 def _tokenizer_if_any(*names):

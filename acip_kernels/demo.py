@@ -123,8 +123,8 @@ def run_demo(
         *report.plot_perplexity(rows, output / "plots" / "perplexity", x="stored"),
         *report.plot_history(report.read_history(output / "history.jsonl"), output / "plots" / "history"),
     ]
-    for size, cut in cuts.items():
-        ranks = {name: (int(live.sum()), live.numel()) for name, live in cut.live.items()}
+    for size, at_size in cuts.items():
+        ranks = {name: (int(live.sum()), live.numel()) for name, live in at_size.live.items()}
         plots += report.plot_ranks(ranks, output / "plots" / f"ranks-{size:g}")
     summary = {
         "model": about_model,
@@ -187,7 +187,7 @@ def _ranking_seconds(model, batch: dict) -> float:
     start = time.monotonic()
     inputs, gradients = layer_covariances(model, names, [batch])
     total = CALIBRATION_BATCHES * (time.monotonic() - start)
-    by_shape = {}
+    by_shape: dict[tuple, list[str]] = {}
     for name in names:
         by_shape.setdefault(tuple(weight_of(layers[name]).shape), []).append(name)
     for alike in by_shape.values():

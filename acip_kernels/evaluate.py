@@ -17,6 +17,8 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,7 +105,7 @@ def perplexity(model, tokens, *, context=1024, stride=None, max_windows=None, pr
         raise ValueError(f"stride ({stride}) must not exceed context ({context}): tokens would go unscored")
     windows = _windows(tokens.numel(), context, stride)
     _check_positions(model, "context", max(stop - start for start, stop, _ in windows))
-    chosen = range(len(windows))
+    chosen: Sequence[int] = range(len(windows))
     if max_windows is not None:
         _check_count("max_windows", max_windows, 1)
         if max_windows < len(windows):
@@ -211,7 +213,7 @@ def speed(models, *, prompt_tokens=16, new_tokens=32, prefill_tokens=512, rounds
 
     for model in models.values():
         measure(model)
-    seconds = {name: [] for name in models}
+    seconds: dict[Any, list[tuple[float, float]]] = {name: [] for name in models}
     for number in range(rounds):
         for name in list(models)[:: -1 if number % 2 else 1]:
             seconds[name].append(measure(models[name]))

@@ -522,7 +522,10 @@ class Table:
 
     @functools.cached_property
     def _pays(self) -> tuple[bool, bool]:
-        return tuple(any(times.ours_is_faster(graph) for times in self.times.values()) for graph in (False, True))
+        def any_pays(graph: bool) -> bool:
+            return any(times.ours_is_faster(graph) for times in self.times.values())
+
+        return any_pays(False), any_pays(True)
 
     def _nearest(self, held: Mapping, key):
         for count in self.tokens:
@@ -650,7 +653,7 @@ def product_seconds(config: ProductConfig, product: Product, device: Device) -> 
     rate = (device.matrix_rate if product.itemsize == 2 else device.vector_rate) * min(config.num_warps, 4) / 4
     operations = 2 * config.block_tokens * config.block_columns * config.block_k
     # Part of a cache line takes as long as all of it.
-    loads = config.block_tokens * max(config.block_k * product.itemsize, 128)
+    loads: float = config.block_tokens * max(config.block_k * product.itemsize, 128)
     loads += config.block_columns * max(config.block_k * _BITS.get(product.kind, 8 * product.itemsize) / 8, 128)
     step = max(operations / rate, loads / (2 * device.bandwidth)) * device.multiprocessors
     return -(-blocks // device.multiprocessors) * (_BLOCK_SECONDS + steps * step)

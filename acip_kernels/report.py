@@ -205,7 +205,7 @@ def _lines(rows, x):
     _check_rows(rows)
     complete = [row for row in rows if not math.isnan(row.get("perplexity") or math.nan)]
     dense = sorted({row["perplexity"] for row in complete if row["method"] == "dense"})
-    lines = {}
+    lines: dict[str, list] = {}
     for row in complete:
         if row["method"] != "dense" and row.get(x) is not None:
             lines.setdefault(row["method"], []).append((_SIZES[x][1] * row[x], row["perplexity"]))
@@ -274,7 +274,8 @@ def _label_lines(axes, drawn):
         lowest = at + shift
         style = {"ha": "right", "va": "center", "weight": "bold", "color": _look(method, drawn)[0]}
         _annotate(axes, f"{method} {_short(value)}", (size, height), (-10, shift), **style)
-    groups, near = [], 0.04 * (axes.get_xlim()[1] - axes.get_xlim()[0])
+    groups: list = []
+    near = 0.04 * (axes.get_xlim()[1] - axes.get_xlim()[0])
     for size, height, value, colour in sorted(
         (*point, _look(method, drawn)[0]) for method, points in drawn.items() for point in points[1:]
     ):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import acip_kernels
 from acip_kernels import cli, launch
 from acip_kernels.compress import CompressionConfig, NestedConfig
 
@@ -30,6 +31,7 @@ COMMANDS = (
     "tune",
     "run",
     "info",
+    "verify",
     "plot",
     "demo",
 )
@@ -148,6 +150,18 @@ def test_import_of_a_published_checkpoint(base, tmp_path):
     second = as_json("materialize", path, "--base-model", folder / "toy", *options, "-o", tmp_path / "second")
     assert first | {"model": ""} == second | {"model": ""}
     assert as_json("info", tmp_path / "first")["ranks"] == as_json("info", tmp_path / "second")["ranks"]
+    # One that says where its base model is needs no more for its size, its tokenizer included.
+    published = Published(dense)
+    kwargs = published.config["base_model_config"]["pretrained_model_kwargs"]
+    kwargs["pretrained_model_name_or_path"] = str(folder / "toy")
+    named = published.write(tmp_path / "named")
+    options = ("-s", 0.6, "-d", folder / "text.txt", "--context", 16, "--max-windows", 2, "--no-speed")
+    (row,) = as_json("evaluate", named, *options)["rows"]
+    assert row["factorized"] <= 0.6
+    as_json("materialize", named, "-s", 0.6, "-o", tmp_path / "third")
+    assert list((tmp_path / "third").glob("tokenizer*"))
+    with pytest.raises(ValueError, match="is a published ACIP checkpoint: `acip import` it"):
+        acip("finetune", named, "-s", 0.6, "-o", tmp_path / "none")
     with pytest.raises(ValueError, match="whose names are known: leave --names out"):
         acip("import", path, "--base", folder / "toy", "--names", "asvd", "-o", tmp_path / "none")
 
@@ -172,6 +186,7 @@ def test_import_of_factors_and_export(base, tmp_path):
     for form in ("dense", "factors", "onnx"):
         sizes[form] = as_json("export", tmp_path / "imported", "--form", form, "-o", tmp_path / form)["file_bytes"]
     assert sizes["factors"] < sizes["dense"]
+    assert as_json("info", tmp_path / "factors")["kind"].startswith("plain nn.Linear pairs")
     imported, dense = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("imported", "dense"))
     toys.assert_close(toys.logits(dense), toys.logits(imported))
     for wrong, message in (("gguf", "--form must be one of dense, factors, onnx"), ("dense", "not empty")):
@@ -180,7 +195,7 @@ def test_import_of_factors_and_export(base, tmp_path):
 
 
 @pytest.mark.parametrize("adapters", ["merge", "truncate"])
-def test_finetune_trains_and_merges(base, tmp_path, adapters):
+def test_finetune_trains_and_merges(base, tmp_path, adapters, monkeypatch):
     folder, summary = base
     elastic = folder / summary["elastic"]
     small = as_json("materialize", elastic, "-s", 0.5, "-o", tmp_path / "small", "--adapters", "drop")
@@ -190,9 +205,22 @@ def test_finetune_trains_and_merges(base, tmp_path, adapters):
     assert (tuned["file_bytes"] > small["file_bytes"]) == (adapters == "merge")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert model(toys.token_ids()).logits.isfinite().all()
+    loads, load = [], acip_kernels.load
+    monkeypatch.setattr(acip_kernels, "load", lambda *arguments, **named: loads.append(1) or load(*arguments, **named))
     as_json("finetune", elastic, "-s", 0.6, "-d", folder / "text.txt", "-o", tmp_path / "cut", *options)
+    assert len(loads) == 1
+    for model in ((elastic, "-s", 0.6), (tmp_path / "small",)):
+        with pytest.raises(ValueError, match="--distillation would do nothing: adapters are trained"):
+            acip("finetune", *model, "-o", tmp_path / "none", "--distillation", 0.5)
     with pytest.raises(ValueError, match="say which with --size-ratio"):
         acip("finetune", elastic, "-d", folder / "text.txt", "-o", tmp_path / "none", *options)
+
+
+def test_compressing_quantized_layers_is_refused_before_the_work(base, tmp_path):
+    folder, summary = base
+    as_json("materialize", folder / summary["elastic"], "-s", 0.5, "--quantize", "int8", "-o", tmp_path / "small")
+    with pytest.raises(ValueError, match="has quantized layers, as .*: compress the model that it was made from"):
+        acip("compress", tmp_path / "small", "-d", folder / "text.txt", "-o", tmp_path / "run", *BATCHES)
 
 
 def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_path):
@@ -216,6 +244,10 @@ def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_
     assert tuned["parameters"] == small["parameters"] and tuned["file_bytes"] == small["file_bytes"]
     with pytest.raises(ValueError, match="say which with --size-ratio"):
         acip("finetune", elastic, "-o", tmp_path / "none", *data)
+    idle = ("--adapter-alpha", 8, "--adapter-dropout", 0.0, "--adapters", "truncate")
+    message = "--adapter-alpha, --adapter-dropout, --adapters would do nothing: the factors of this checkpoint are"
+    with pytest.raises(ValueError, match=message):
+        acip("finetune", elastic, "-s", 0.5, "-o", tmp_path / "none", *idle, *data)
 
 
 def test_files_keep_the_dtype_of_the_model_whatever_is_computed_with(base, tmp_path):

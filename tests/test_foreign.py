@@ -108,6 +108,8 @@ VARIANTS = {
     "without adapters": (toys.llama, {}),
     "a mask of norm one": (toys.llama, {"scaling": "norm", "adapters": LORA}),
     "biases and tied embeddings": (toys.qwen2, {"adapters": LORA}),
+    "biases and tied embeddings in bfloat16": (toys.qwen2, {"adapters": LORA, "dtype": torch.bfloat16}),
+    "biases in float16": (toys.qwen2, {"adapters": LORA, "dtype": torch.float16, "threshold": 0.1, "compressed": True}),
     "biases, norm one, without adapters": (toys.qwen2, {"scaling": "norm"}),
     "rank-stabilized": (toys.qwen2, {"adapters": {"default": {"r": 3, "use_rslora": True}}}),
     "patterns of alpha": (toys.llama, {"adapters": {"default": {"alpha_pattern": {"q_proj": 3, "mlp.up_proj": 5}}}}),
@@ -161,6 +163,32 @@ def test_a_checkpoint_without_a_factorized_layer_is_an_ordinary_model(tmp_path):
     model = load(published.write(tmp_path / "published"), base_model=published.model.config)
     assert len(published.kept_dense) == 14 and model.config.to_dict().get("quantization_config") is None
     assert_computes(model, published)
+
+
+QWEN2_OF_4_46 = """{
+  "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+  "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.3, "intermediate_size": 48,
+  "max_position_embeddings": 64, "max_window_layers": 2, "model_type": "qwen2", "num_attention_heads": 4,
+  "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": null,
+  "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+  "transformers_version": "4.46.3", "use_cache": true, "use_sliding_window": false, "vocab_size": 64
+}"""
+
+
+def test_the_base_models_config_may_be_of_the_transformers_that_published_ones_need(tmp_path):
+    """Qwen2's as 4.46.3 writes it: other names than today's, and no list of layer types."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(QWEN2_OF_4_46)
+    published = Published(toys.qwen2(rope_parameters={"rope_type": "default", "rope_theta": 1e6}), adapters=LORA)
+    result = import_checkpoint(published.write(tmp_path / "published"), base, dtype=torch.float32)
+    assert_computes(result.model, published)
+    # And what ends its texts, of which config.json has the half.
+    (base / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 5]}')
+    result = import_checkpoint(tmp_path / "published", base)
+    assert result.model.generation_config.eos_token_id == [2, 5]
+    result.save(tmp_path / "elastic")
+    assert load(tmp_path / "elastic", 0.5).generation_config.eos_token_id == [2, 5]
 
 
 @pytest.mark.parametrize("name", ["model.lm_head.weight", "model.model.embed_tokens.weight"])
@@ -318,6 +346,7 @@ DEFAULT = ("adapter_config", "peft_config", "default")
 REFUSED = {
     "another kind": (configure("model_type", value="parametrized_model"), "only 'acip_model' has scores"),
     "a version": (configure("acip_version", value=2), "acip_version is 2.*a newer acip_kernels may read it"),
+    "a version further in": (configure("parametrization_config", "version", value=2), "version is 2.*a newer"),
     "another parametrization": (
         configure("parametrization_config", "module_factory_cls", value="qr"),
         "module_factory_cls is 'qr'",
@@ -332,11 +361,21 @@ REFUSED = {
     "an adapter of text": (configure(*DEFAULT, value="lora"), "default must be an object, got 'lora'"),
     "DoRA": (configure(*DEFAULT, "use_dora", value=True), "DoRA adapter, and only LoRA is known"),
     "IA3": (configure(*DEFAULT, "peft_type", value="IA3"), "IA3 adapter"),
+    "an adapter's bias": (configure(*DEFAULT, "lora_bias", value=True), "lora_bias True, and only products of two"),
+    "whole modules": (configure(*DEFAULT, "modules_to_save", value=["lm_head"]), r"modules_to_save \['lm_head'\]"),
     "another r": (configure(*DEFAULT, "r", value=5), "where config.json has r 5"),
     "alpha": (configure(*DEFAULT, "lora_alpha", value=None), "lora_alpha must be a number, got None"),
     "a regular expression": (configure(*DEFAULT, "alpha_pattern", value={".*q": 1}), "only names are read"),
     "no adapter config": (configure("adapter_config", value=None), "does not know the adapter 'default'"),
     "quantized": (extra("model.model.layers.0.mlp.up_proj.weight.absmax"), "bitsandbytes'.*save it before quantizing"),
+    "quantized by its config": (
+        configure("quantization_config", value={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        "config.json: quantized by bitsandbytes: .*save it before quantizing",
+    ),
+    "eight bits": (
+        spoil(q_proj__base_layer__parametrization__ortho__weight=lambda t: t.to(torch.float8_e4m3fn)),
+        "torch.float8_e4m3fn: quantized checkpoints are not read",
+    ),
     "integers": (spoil(q_proj__base_layer__parametrization__ortho__weight=lambda t: t.to(torch.uint8)), "torch.uint8"),
     "no lora_B": (spoil(lora_B__default__weight=None), "lora_B.default.weight' is missing"),
     "no mask": (spoil(parametrization__mask=None), "has no tensor 'mask'"),

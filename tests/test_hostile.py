@@ -298,6 +298,20 @@ def test_any_config_is_a_model_or_an_error(made, kind, part, tmp_path):
     assert not all(loaded)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_a_model_generates_comes_along_or_is_named(made, kind, tmp_path):
+    path, size_ratio = copied(made, kind, tmp_path), 0.5 if kind in ("elastic", "compact") else None
+    fields = {"eos_token_id": [2, 5], "temperature": 0.9, "top_p": 0.6}  # not valid without do_sample, and published
+    (path / "generation_config.json").write_text(json.dumps(fields))
+    for ratio in {size_ratio, None}:
+        config = load(path, ratio).generation_config
+        assert config.eos_token_id == [2, 5] and config.top_p == 0.6
+    for bad in ({"watermarking_config": 3}, {"self": 1}, {"__class__": 3}, {"compile_config": "x"}, {"to_dict": 4}, []):
+        (path / "generation_config.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match="generation_config.json"):
+            load(path, size_ratio)
+
+
 @QUICK
 @given(st.dictionaries(st.text(max_size=5) | st.sampled_from(list(AcipConfig().to_dict())), VALUES, max_size=4))
 def test_any_quantization_config_is_refused_or_comes_back(fields):

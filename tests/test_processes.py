@@ -4,6 +4,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import pathlib
+import re
+import shlex
 import shutil
 import signal
 import socket
@@ -30,6 +33,8 @@ from acip_kernels.nn import LowRankLinear, PivotLinear, SVDLinear
 from acip_kernels.nn.nested_linear import NestedLinear
 from acip_kernels.nn.sharded import Sharded
 from acip_kernels.plan import run_memory
+
+PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "many-devices.md").read_text("utf-8")
 
 COUNT = 5  # an odd number: at the end of what they calibrate with, one process has no batch
 
@@ -188,6 +193,12 @@ def divide(directory, out):
         files.write_tensors(out / f"{name}.safetensors", {"logits": toys.logits(model), "generated": generated})
         parameters = [p.to_local() if isinstance(p, DTensor) else p for p in model.model.layers.parameters()]
         files.write_json(out / f"{name}.json", {"numbers": sum(parameter.numel() for parameter in parameters)})
+    # As the page has it, of another model and for two.
+    (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert '"llama-60"' in code and "tp_size=4" in code
+    names = {}
+    exec(code.replace('"llama-60"', repr(str(directory / name))).replace("tp_size=4", "tp_size=2"), names)
+    assert torch.equal(toys.logits(names["model"]), toys.logits(model))
     for name in ("quantized", "quantized-embeddings"):
         with pytest.raises(ValueError, match="quantized layers cannot be divided"):
             AutoModelForCausalLM.from_pretrained(directory / name, **options)
@@ -461,14 +472,19 @@ def test_a_process_that_dies_takes_the_others_with_it(tmp_path):
 
 
 def test_torchrun_is_stopped_by_ctrl_c_and_goes_on(tmp_path):
+    """By the page's first command, of a toy and with two processes."""
     toys.llama(max_position_embeddings=128).save_pretrained(tmp_path / "toy")
     toys.tokenizer().save_pretrained(tmp_path / "toy")
     (tmp_path / "text.txt").write_text(toys.text())
     output = tmp_path / "run"
-    arguments = ["compress", tmp_path / "toy", "-d", tmp_path / "text.txt", "-o", output, "--steps", 120, "--json"]
-    arguments += ["--batch-size", 2, "--length", 16, "--device", "cpu", "--dtype", "float32"]
-    arguments = [str(argument) for argument in arguments]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "acip_kernels.cli"]
+    line, _ = re.findall(r"^```sh\n(torchrun .*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    here = {"meta-llama/Llama-2-7b-hf": tmp_path / "toy", "c4": tmp_path / "text.txt", "runs/llama": output}
+    here |= {"8": 2, "400": 120, "torchrun": "torch.distributed.run"}
+    words = [str(here.pop(word, word)) for word in shlex.split(line)]
+    assert not here
+    arguments = words[words.index("compress") :]
+    arguments += ["--json", "--batch-size", "2", "--length", "16", "--device", "cpu", "--dtype", "float32"]
+    command = [sys.executable, "-m", *words[: words.index("compress")]]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     process = subprocess.Popen(
         [*command, *arguments], start_new_session=True, stderr=subprocess.PIPE, text=True, env=environment

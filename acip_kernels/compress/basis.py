@@ -89,7 +89,7 @@ def input_magnitudes(
     def hook(name: str):
         def add(module, args):
             flat = args[0].detach().reshape(-1, args[0].shape[-1])
-            sums.add(name, flat.abs().sum(0, keepdim=True, dtype=torch.float64), len(flat))
+            sums.put(name, flat.abs().sum(0, keepdim=True, dtype=torch.float64), len(flat))
 
         return add
 
@@ -165,7 +165,7 @@ class _Sums:
         self.sums: dict[str, Tensor] = {}
         self.tokens = dict.fromkeys(self.numbers, 0)
 
-    def add(self, name: str, matrix: Tensor, tokens: int) -> None:
+    def put(self, name: str, matrix: Tensor, tokens: int) -> None:
         division, processes = self.division, self.division.processes
         if processes.size == 1:
             self.sums[name] = matrix.double() if name not in self.sums else self.sums[name].add_(matrix)
@@ -199,7 +199,7 @@ class _Moments(_Sums):
                 rows = slice(start, start + _MOMENT_ROWS)
                 torch.mm(flat[:, rows].t(), flat[:, start:], out=product[rows, start:])
             self.latest = tensor, product
-        super().add(name, self.latest[1], tensor.numel() // tensor.shape[-1])
+        self.put(name, self.latest[1], tensor.numel() // tensor.shape[-1])
 
     def means(self, model: nn.Module) -> dict[str, Tensor]:
         self.latest = None, None

@@ -95,10 +95,10 @@ def finetune(
         torch.manual_seed(seed)
         if not any(isinstance(module, SVDLinear) for module in model.modules()):
             _put_adapters(model, adapter_rank, adapter_alpha, adapter_dropout)
-        config = CompressionConfig(adapter_learning_rate=learning_rate, gradient_accumulation=gradient_accumulation)
+        settings = CompressionConfig(adapter_learning_rate=learning_rate, gradient_accumulation=gradient_accumulation)
         if Processes.current(device).size > 1:
             raise ValueError("adapters are tuned in one process; compress, and finetune at a size_ratio, take several")
-        step = TrainingStep(model, config)
+        step = TrainingStep(model, settings)
         if not step.adapters:
             raise ValueError("the model's low-rank layers have no adapter to train")
         step.compact(everything=True)

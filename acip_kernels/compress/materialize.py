@@ -301,6 +301,7 @@ def _module(tensors: dict[str, Tensor], layer: SVDLinear, scheme: Scheme | None,
         pivots = unpack_bits(tensors["is_pivot"], layer.out_features)
         return PivotLinear.from_parts(tensors["P.weight"], tensors["C.weight"], pivots, bias)
     weight = tensors["weight"]
+    module: nn.Module
     if layer.source_type == "Conv1D":
         from transformers.pytorch_utils import Conv1D
 
@@ -326,7 +327,8 @@ def _quantized_module(tensors, layer: SVDLinear, bias: Tensor | None, scheme: Sc
 
     if "qweight" in tensors:
         return linear("", in_, bias)
-    options = {"bias": bias is not None, "device": "meta", "dtype": dtype}
+    options: dict = {"bias": bias is not None, "device": "meta", "dtype": dtype}
+    module: LowRankLinear | PivotLinear
     if "U.qweight" in tensors:
         rank = len(tensors["Vh.qweight"])
         module = LowRankLinear(in_, out, rank, **options)

@@ -111,7 +111,7 @@ class RankingRun(TrainingLoop):
     first_phase = "done"
     phases: tuple[str, ...] = ("done",)
     kept = (*TrainingLoop.kept, RANKING)
-    optimizer = None
+    optimizer: torch.optim.Optimizer | None = None
 
     def prepare(self) -> None:
         cast(self.model, compute_dtype(self.config.dtype, self.device))
@@ -230,7 +230,7 @@ class NestedRun(RankingRun):
         return [("train", self.step, self.config.steps, about)]
 
     def named_parameters(self) -> dict[str, Tensor]:
-        return self.training.parameters
+        return {**self.training.parameters}
 
 
 def ranking_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -314,7 +314,7 @@ class NestedTraining:
             self.layers[name] = nested
             # Half of what the factors take, until `finish` makes them anew.
             layer.uncompact()
-            layer.U = layer.Vh = None
+            layer.U = layer.Vh = None  # type: ignore[assignment]  # until then
         replace_modules(model, dict(zip(self.svd.values(), self.layers.values(), strict=True)))
         self.parameters = {
             f"{name}.{key}": parameter
@@ -372,7 +372,7 @@ class NestedTraining:
             loss = self.loss(with_labels(batch, self.device)) / (len(batches) * self.processes.size)
             loss.backward()
             total += loss.detach()
-        gradients = [parameter.grad for parameter in self.parameters.values()]
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         self.processes.sum_([total, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
         # AdamW looks at this flag itself and changes nothing where it is set: no need to wait for the answer here.
@@ -410,7 +410,7 @@ class NestedTraining:
         attention.restore(self.model, self._attention)
         self.model.eval()
         # The loss knows this object and it the loss: without this, all of it would stay until Python looks for cycles.
-        self.loss = None
+        self.loss = None  # type: ignore[assignment]  # no step comes after this
         self.optimizer.state.clear()
         self.layers, self.parameters = {}, {}
         self.optimizer.param_groups.clear()

@@ -34,10 +34,9 @@ def pivot_form(left: Tensor, right: Tensor, bound: float = BOUND) -> tuple[Tenso
         raise ValueError(f"pivot_form: left must be [out, rank] with rank <= out, got {list(left.shape)}")
     Q, R = torch.linalg.qr(left.double())
     LU, exchanged = torch.linalg.lu_factor(Q)
-    order = _permutation(exchanged.tolist(), out)
     # Q = L U up to the order of rows, so that Q[others] Q[pivots]⁻¹ = L[others] L[pivots]⁻¹.
     C = torch.linalg.solve_triangular(LU[:rank], LU[rank:], upper=False, left=False, unitriangular=True)
-    order = torch.tensor(order, device=left.device)
+    order = torch.tensor(_permutation(exchanged.tolist(), out), device=left.device)
     while C.numel():
         largest = int(C.abs().argmax())
         row, column = divmod(largest, rank)

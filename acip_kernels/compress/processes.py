@@ -115,11 +115,12 @@ class Processes:
         return tensor
 
     def broadcast_tensors(self, tensors: dict[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
-        """The tensors of process `source`, by name, on `device` in the others."""
+        """The tensors of process `source`, by name, on `device` in the others, which may give None."""
+        tensors = tensors or {}
         if self.size == 1:
             return tensors
         mine = self.rank == source
-        about = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in (tensors or {}).items()}
+        about = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
         received = {}
         for name, (dtype, shape) in self.broadcast_json(about, source).items():
             if mine:

@@ -30,6 +30,7 @@ def quantized_tensors(
     """
     if form == "dense":
         return _named("", quantize(left @ right, **scheme.options, covariance=covariance))
+    rows: slice | Tensor
     if form == "factors":
         # An adapter's parts, merged exactly, have whatever norms training gave them; one large column of U would
         # cost all that share its scale.
@@ -38,17 +39,17 @@ def quantized_tensors(
     else:
         first, second, pivots = pivot_form(left, right)
         rows, names = ~pivots, ("P.", "C.")
-    first = quantize(first, **scheme.options, covariance=covariance)
+    rounded = quantize(first, **scheme.options, covariance=covariance)
     metric = None
     if covariance is not None and len(right):
-        made = dequantize(*first, cols=right.shape[1], group=scheme.group, dtype=torch.float64)
+        made = dequantize(*rounded, cols=right.shape[1], group=scheme.group, dtype=torch.float64)
         moved = made @ covariance.to(made)
         metric = moved @ made.t()
         L = damped_cholesky(metric, metric.device)
         if L is not None:
             wanted = left[rows].double() @ (right.double() @ moved.t())
             second = torch.cholesky_solve(wanted.t(), L).t()
-    tensors = _named(names[0], first) | _named(names[1], quantize(second, **scheme.options, covariance=metric))
+    tensors = _named(names[0], rounded) | _named(names[1], quantize(second, **scheme.options, covariance=metric))
     return tensors if form == "factors" else tensors | {"is_pivot": pack_bits(pivots)}
 
 

@@ -114,12 +114,13 @@ def _blocks(model: nn.Module, layers: dict) -> list[nn.Module]:
     best = max(found, key=lambda name: (found[name], -len(name)), default=None)
     if best is None or not found[best]:
         raise ValueError("recalibrate: the model's layers are in no nn.ModuleList, so there is no order to follow")
-    return list(model.get_submodule(best))
+    return list(model.get_submodule(best).children())
 
 
 def _first_inputs(model, blocks, batches) -> tuple[list[Tensor], list[list[dict]]]:
     """What enters the first block, for every batch; and every block's other arguments, for every batch."""
-    states, keywords = [], [[] for _ in blocks]
+    states: list[Tensor] = []
+    keywords: list[list[dict]] = [[] for _ in blocks]
 
     def hook(number):
         def see(module, args, kwargs):
@@ -183,7 +184,7 @@ def _watching(seen: dict):
 
 def _fit(block: nn.Module, group: list[_Fitted], passes: dict) -> None:
     """New `left`s of a group: least squares, over all batches, of what they miss."""
-    sums = dict.fromkeys(group)
+    sums: dict[_Fitted, list[Tensor]] = {}
     for whole, cut in zip(passes[True], passes[False], strict=True):
         wanted: dict[_Fitted, Tensor] = {}
 
@@ -197,7 +198,7 @@ def _fit(block: nn.Module, group: list[_Fitted], passes: dict) -> None:
 
         with _watching({layer: keep(layer) for layer in group}), contextlib.suppress(_Stop):
             _run(block, True, *whole)
-        inputs = []
+        inputs: list[Tensor] = []
 
         def first(x, y, inputs=inputs):
             inputs.append(x.flatten(0, -2))
@@ -211,7 +212,7 @@ def _fit(block: nn.Module, group: list[_Fitted], passes: dict) -> None:
             if layer.bias is not None:
                 missing -= layer.bias.float()
             made = [(z.t() @ z).double(), (z.t() @ missing).double()]
-            sums[layer] = made if sums[layer] is None else [a.add_(b) for a, b in zip(sums[layer], made, strict=True)]
+            sums[layer] = [a.add_(b) for a, b in zip(sums[layer], made, strict=True)] if layer in sums else made
     for layer, (gram, cross) in sums.items():
         if not len(gram):
             continue

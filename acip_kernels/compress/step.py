@@ -72,8 +72,9 @@ class TrainingStep:
             layer.mask.requires_grad_(True)
             layer.save_z = config.save_z
             if layer.adapter_rank:
-                self.adapters[f"{name}.lora_A"] = layer.lora_A.requires_grad_(True)
-                self.adapters[f"{name}.lora_B"] = layer.lora_B.requires_grad_(True)
+                for key, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                    parameter.requires_grad_(True)
+                    self.adapters[f"{name}.{key}"] = parameter
         groups = [{"params": [self.map.masks], "lr": config.mask_learning_rate}]
         if self.adapters:
             groups.append({"params": list(self.adapters.values()), "lr": config.adapter_learning_rate})
@@ -110,10 +111,10 @@ class TrainingStep:
                 if parameter.grad is None:  # no batch of this process has reached it
                     parameter.grad = torch.zeros_like(parameter)
         trained = [p.grad for p in self.adapters.values() if p.grad is not None]
-        self.processes.sum_([loss, *trained, *([self.map.masks.grad] if pruning else [])])
+        masks = self.map.masks
+        self.processes.sum_([loss, *trained, *([masks.grad] if pruning and masks.grad is not None else [])])
         if pruning:
             # The gradient of λ Σ max(m, 0), without building a graph for it.
-            masks = self.map.masks
             masks.grad.add_(masks.detach() > 0, alpha=penalty)
             trained.append(masks.grad)
         norm = torch.nn.utils.get_total_norm(trained) if trained else loss.new_zeros(())
@@ -124,8 +125,8 @@ class TrainingStep:
             parameter.grad = None
 
         scores = updated_scores(self.map.scores, self.map.masks.detach()) if pruning else self.map.scores
-        ranks = self.map.ranks(scores)
-        numbers = torch.cat([torch.stack([loss.double(), norm.double()]), ranks.double()]).tolist()
+        counted = self.map.ranks(scores).double()
+        numbers = torch.cat([torch.stack([loss.double(), norm.double()]), counted]).tolist()
         finite = all(map(math.isfinite, numbers[:2]))
         ranks = [int(rank) for rank in numbers[2:]]
         if finite:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import files
+from .. import checksums, files
 from ..nn import LowRankLinear, PivotLinear, QuantizedEmbedding, QuantizedHead, QuantizedLinear
 from ..nn.quantized_linear import dense_weight
 from . import quantizer, saving
@@ -129,6 +129,7 @@ def save_factors(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = 
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         files.write_text(directory / "README.md", _CARD.format(loader=_LOADER))
+        checksums.write(directory)
 
 
 _FREE = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
@@ -187,8 +188,9 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = N
     except ImportError as error:
         raise RuntimeError(f"ONNX export needs the package {error.name}: pip install 'acip-kernels[onnx]'") from None
     program = export_program(model)
-    names = {"input_names": ["input_ids", "attention_mask"], "output_names": ["logits"]}
-    names["dynamic_shapes"] = {name: {0: "batch", 1: "sequence"} for name in names["input_names"]}
+    inputs = ["input_ids", "attention_mask"]
+    shapes = {name: {0: "batch", 1: "sequence"} for name in inputs}
+    names: dict[str, Any] = {"input_names": inputs, "output_names": ["logits"], "dynamic_shapes": shapes}
     with files.new_directory(path, overwrite=overwrite) as directory:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporter's own parts, to each other
@@ -197,13 +199,15 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, *, tokenizer: Any = N
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         saving.plain_config(model).save_pretrained(directory)
+        checksums.write(directory)
 
 
 def _replaced(model: nn.Module, replace) -> nn.Module:
     """A copy of `model` with `replace(name, layer)` in the place of this package's layers."""
     if any(hasattr(module, "set_live") for module in model.modules()):
         raise ValueError("the model is of all sizes: cut one first, by materialize(model, size_ratio)")
-    memo, inside = {}, set()
+    memo: dict[int, nn.Module] = {}
+    inside: set[nn.Module] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedHead):
             continue
@@ -223,6 +227,7 @@ def _replaced(model: nn.Module, replace) -> nn.Module:
 def _plain_embeddings(model: nn.Module, memo: dict[int, nn.Module]) -> None:
     """Into `memo`, what becomes of a quantized embedding, and of the head that shares it."""
     dense = saving.plain_class(model)
+    new: nn.Module
     for name, layer in model.named_modules():
         if isinstance(layer, QuantizedEmbedding):
             sizes = layer.num_embeddings, layer.embedding_dim
@@ -236,14 +241,13 @@ def _plain_embeddings(model: nn.Module, memo: dict[int, nn.Module]) -> None:
         if isinstance(layer, QuantizedHead):
             (source,) = layer._source
             new = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-            new.weight, new.bias = (
-                memo[id(source)].weight,
-                None if layer.bias is None else nn.Parameter(layer.bias.detach().clone()),
-            )
+            new.register_parameter("weight", memo[id(source)].get_parameter("weight"))
+            if layer.bias is not None:
+                new.register_parameter("bias", nn.Parameter(layer.bias.detach().clone()))
             memo[id(layer)] = new.train(layer.training)
 
 
-def _bias(layer: nn.Module) -> Tensor | None:
+def _bias(layer: LowRankLinear | PivotLinear) -> Tensor | None:
     return layer.U.bias if isinstance(layer, LowRankLinear) else layer.bias
 
 

@@ -82,7 +82,7 @@ def import_factors(
                 continue
             ranks[name] = len(Vh)
             state |= {f"{name}.Vh.weight": Vh, f"{name}.U.weight": U, f"{name}.weight": U.new_empty(0)}
-            if linear[name].bias is not None:
+            if bias is not None and linear[name].bias is not None:
                 state[f"{name}.U.bias"] = bias
         used = {full for parts in pairs.values() for full in parts.values()}
         state |= _rest(reader, empty, {*pairs}, {name: name for name in where if name not in used})
@@ -99,6 +99,7 @@ def import_factors(
         config.quantization_config = quantizer.AcipConfig("materialized", ranks, **about).to_dict()
     model = saving._from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = base.name or ""
+    model.generation_config = base.generation or model.generation_config
     return model.eval()
 
 

@@ -145,6 +145,7 @@ def import_checkpoint(
         config.quantization_config = quantizer.AcipConfig("factorized", layers=options, **about).to_dict()
     model = saving._from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
+    model.generation_config = base.generation or model.generation_config
     result = CompressionResult(model.eval())
     if options:
         ranks = torch.stack([(scores > 0).sum() for scores in result.scores.values()]).cpu()
@@ -169,10 +170,14 @@ class _Kind:
 
         if fields.get("model_type") != "acip_model":
             refuse(f"model_type is {fields.get('model_type')!r}, where only 'acip_model' has scores to cut by")
-        for key in fields:
-            if key.endswith("version") and key != "transformers_version":
-                refuse(f"{key} is {fields[key]!r}, and published checkpoints that are known have none")
         about = _object(fields, "parametrization_config")
+        for where in (fields, about):
+            for key in where:
+                if key.endswith("version") and key != "transformers_version":
+                    refuse(f"{key} is {where[key]!r}, and published checkpoints that are known have none")
+        if fields.get("quantization_config"):
+            method = _object(fields, "quantization_config").get("quant_method")
+            raise ValueError(f"{file}: quantized by {method}: such checkpoints are not read; save it before quantizing")
         if str(about.get("module_factory_cls")).rpartition(".")[2] not in ("svd", "SVDLinearParametrization"):
             refuse(f"module_factory_cls is {about.get('module_factory_cls')!r}, and only 'svd' is known")
         options = dict(_object(fields, "parametrization_config", "module_factory_kwargs"))
@@ -189,6 +194,9 @@ class _Kind:
             if one.get("peft_type", "LORA") != "LORA" or one.get("use_dora"):
                 what = "DoRA" if one.get("use_dora") else one.get("peft_type")
                 refuse(f"adapter {name!r} is a {what} adapter, and only LoRA is known")
+            for key in ("lora_bias", "modules_to_save"):
+                if one.get(key):
+                    refuse(f"adapter {name!r} has {key} {one[key]!r}, and only products of two matrices are known")
             if type(one.get("lora_alpha")) not in (int, float) or not math.isfinite(one["lora_alpha"]):
                 raise ValueError(
                     f"{file}: adapter {name!r}: lora_alpha must be a number, got {one.get('lora_alpha')!r}"
@@ -221,21 +229,26 @@ class _Base:
     """The model that was compressed: its config, and its weights, loaded when they are first needed."""
 
     name: str | None
-    config: object
+    config: Any
     dtype: torch.dtype | None
     state: dict[str, Tensor] | None = None
+    generation: Any = None  # what ends its texts, say, where that is known
 
     @classmethod
     def of(cls, base_model, fields: dict, file) -> _Base:
-        from transformers import AutoConfig, PretrainedConfig
+        from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
         about = _object(fields, "base_model_config")
         options = _object(fields, "base_model_config", "pretrained_model_kwargs")
-        dtype = _dtype(options.get("torch_dtype") or options.get("dtype") or "auto")
-        name, config, state = base_model, None, None
+        dtype: Any = _dtype(options.get("torch_dtype") or options.get("dtype") or "auto")
+        name: Any = base_model
+        config: Any = None
+        state: dict[str, Tensor] | None = None
+        generation: Any = None
         if isinstance(base_model, nn.Module):
             name, config = base_model.config._name_or_path or None, base_model.config
             dtype, state = base_model.dtype, base_model.state_dict()
+            generation = copy.deepcopy(getattr(base_model, "generation_config", None))
         elif isinstance(base_model, PretrainedConfig):
             name, config = base_model._name_or_path or None, base_model
         elif base_model is None:
@@ -256,9 +269,12 @@ class _Base:
                     f"the config of the base model {str(name)!r}{named} cannot be had: give base_model, its directory "
                     f"or its name on the hub (acip import … --base MODEL): {str(error).strip().splitlines()[0]}"
                 ) from None
+            with contextlib.suppress(OSError, ValueError):  # it need not have one
+                generation = GenerationConfig.from_pretrained(name)
         if getattr(config, "quantization_config", None):
             raise ValueError(f"the base model {name} is compressed or quantized itself: give the one of plain weights")
-        return cls(None if name is None else str(name), config, dtype or getattr(config, "dtype", None), state)
+        dtype = dtype or getattr(config, "dtype", None)
+        return cls(None if name is None else str(name), config, dtype, state, generation)
 
     def get(self, name: str, why: str) -> Tensor:
         """A weight of the base model, which `why` says the need of."""
@@ -298,7 +314,7 @@ class _Reader:
             raise ValueError(
                 f"{shard}: tensor {name!r} is {dims}, but the base model {self.base.name} needs [{wanted}]"
             )
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise ValueError(
                 f"{shard}: tensor {name!r} is {tensor.dtype}: quantized checkpoints are not read; save it before "
                 "quantizing"

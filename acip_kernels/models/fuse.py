@@ -37,7 +37,7 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in model.modules():
         children = module._modules
         if all(_fusible(children.get(name)) for name in _ATTENTION):
-            group = _Siblings([children[name] for name in _ATTENTION])
+            group = _Siblings([module.get_submodule(name) for name in _ATTENTION])
             for number, layer in enumerate(group.layers):
                 layer.forward = _SiblingForward(group, number)
         if all(_fusible(children.get(name)) for name in _MLP) and _is_silu(children.get("act_fn")):
@@ -64,7 +64,8 @@ def is_fused(model: nn.Module) -> bool:
 
 def fused_calls(model: nn.Module) -> list[tuple[str, fused.Fused, int]]:
     """`(name, what is computed, mode)` of all that may be one call: groups of a fused model, and every layer."""
-    found, groups = [], set()
+    found: list[tuple[str, fused.Fused, int]] = []
+    groups: set[int] = set()
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
         if isinstance(forward, _SiblingForward) and id(forward.group) not in groups:
@@ -160,7 +161,7 @@ class _MlpForward(_Group):
     """The `forward` of a gated MLP."""
 
     def __init__(self, mlp: nn.Module):
-        super().__init__([mlp._modules[name] for name in _MLP])
+        super().__init__([mlp.get_submodule(name) for name in _MLP])
         self.mlp = mlp
 
     def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
@@ -173,7 +174,7 @@ class _MlpForward(_Group):
         return super().add_tensors(x, tensors)
 
     def watched(self) -> list[tuple[nn.Module, bool]]:
-        activation = self.mlp._modules["act_fn"]
+        activation = self.mlp.get_submodule("act_fn")
         return [(self.mlp, False), (activation, True), *super().watched()]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ what it always did. Whoever loads or cuts a compressed model has this module imp
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import peft
 import torch
@@ -47,7 +48,7 @@ class LowRankLoraLinear(Linear):
         self._unmerged: tuple = ()
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.in_features, module.out_features
+        return cast(int, module.in_features), cast(int, module.out_features)
 
     @property
     def lora_variants(self):
@@ -97,7 +98,7 @@ class LowRankLoraLinear(Linear):
         merged.requires_grad_(next(layer.parameters()).requires_grad)
         if isinstance(layer, LowRankLinear):
             # The module stays, with what hangs on it.
-            before = layer.rank, layer.Vh, layer.U
+            before: tuple = (layer.rank, layer.Vh, layer.U)
             layer.rank, layer.Vh, layer.U = merged.rank, merged.Vh, merged.U
         else:
             before = (layer,)
@@ -125,7 +126,7 @@ def _check_mergeable(layer: nn.Module) -> None:
     if any(isinstance(module, QuantizedLinear) for module in (layer, *children)):
         raise ValueError(
             f"{name}: an adapter is not merged into quantized weights, which would round it: keep it beside them, or "
-            "merge it into the model before that is quantized"
+            "train it before quantizing, as materialize(finetune(model, …), 1.0, quantize=…) does"
         )
     if not isinstance(layer, LowRankLinear | PivotLinear):
         raise ValueError(f"an adapter of low-rank layers cannot be merged into a {name}")
@@ -223,6 +224,7 @@ def _truncated(layer: LowRankLinear, kind: type, rank: int, covariance: Tensor |
         covariance=covariance,
         dtype=U.dtype,
     )
+    new: nn.Module
     if kind is PivotLinear:
         pivots = unpack_bits(tensors["is_pivot"], layer.out_features)
         new = PivotLinear.from_parts(tensors["P.weight"], tensors["C.weight"], pivots, bias)

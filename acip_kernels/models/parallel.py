@@ -42,8 +42,8 @@ class ByForm(TensorParallelLayer):
     def install_forward(self, module, mesh):
         if any(isinstance(each, QuantizedLinear) for each in module.modules()):
             raise ValueError(
-                "quantized layers cannot be divided among processes: load the model in one, or materialize it without "
-                "quantize and quantize_embeddings"
+                "quantized layers cannot be divided among processes: load the model in one, which takes a quarter to "
+                "half of the bytes, or materialize it without quantize and quantize_embeddings"
             )
         if isinstance(module, LowRankLinear) or (isinstance(module, PivotLinear) and self.name in _ROW_WISE):
             return module

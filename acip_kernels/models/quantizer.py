@@ -65,7 +65,7 @@ class AcipConfig(QuantizationConfigMixin):
         format_version=FORMAT_VERSION,
         **fields,
     ):
-        self.quant_method = "acip"
+        self.quant_method = "acip"  # type: ignore[assignment]  # an enum of transformers' own methods
         fields.pop("quant_method", None)
         if type(format_version) is not int or format_version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
@@ -273,7 +273,8 @@ def put_layers(model: nn.Module, config: AcipConfig) -> None:
     scheme, dense = config.scheme, set(config.quantized.get("dense", ()))
     for name, layer in layers_to_replace(model, [*config.ranks, *sorted(dense)]).items():
         out_features, in_features = weight_of(layer).shape
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        new: nn.Module
         if name in dense:
             new = QuantizedLinear(in_features, out_features, layer.bias is not None, **scheme.options, **like)
         else:
@@ -287,8 +288,8 @@ def put_layers(model: nn.Module, config: AcipConfig) -> None:
             new = kind(in_features, out_features, rank, layer.bias is not None, **like)
             if scheme is not None:
                 for child_name, child in list(new.named_children()):
-                    sizes = child.in_features, child.out_features, child.bias is not None
-                    setattr(new, child_name, QuantizedLinear(*sizes, **scheme.options, **like))
+                    options = {"bias": child.bias is not None, **scheme.options, **like}
+                    setattr(new, child_name, QuantizedLinear(child.in_features, child.out_features, **options))
         model.set_submodule(name, new)
     if config.embeddings:
         put_embeddings(model, Scheme.from_dict(config.embeddings), empty=True)
@@ -311,6 +312,7 @@ def put_embeddings(model: nn.Module, scheme: Scheme, empty: bool = False) -> Non
     if head is None:
         return
     name = names[id(head)]
+    new_head: QuantizedLinear
     if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
         new_head = QuantizedHead(new, head.bias)
     elif empty:
@@ -328,7 +330,7 @@ def quantize_embeddings(model: PreTrainedModel, scheme: Scheme) -> None:
     fields = getattr(model.config, "quantization_config", None) or {"kind": "materialized"}
     config = AcipConfig(**(fields if isinstance(fields, dict) else fields.to_dict()) | {"embeddings": scheme.to_dict()})
     model.config.quantization_config = config.to_dict()
-    model.hf_quantizer = AcipQuantizer(config)
+    model.hf_quantizer = AcipQuantizer(config)  # type: ignore[assignment]  # declared nowhere
     _be_ordinary(model)
 
 
@@ -343,7 +345,7 @@ def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
                 f"quantization_config: layers[{name!r}]: full_rank is {k}, but the layer is "
                 f"[{out_features}, {in_features}]"
             )
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
         new = SVDLinear(
             torch.empty(out_features, k, **like),
             torch.empty(k, **like),
@@ -371,7 +373,7 @@ def svd_layer_options(layer: SVDLinear) -> dict:
 
 def attach_factorized(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` refuse: its layers are `SVDLinear`s, which `from_pretrained` would not find."""
-    model.hf_quantizer = AcipQuantizer(AcipConfig("factorized"))
+    model.hf_quantizer = AcipQuantizer(AcipConfig("factorized"))  # type: ignore[assignment]  # declared nowhere
     _be_ordinary(model)
 
 
@@ -384,7 +386,8 @@ def attach_materialized(model: PreTrainedModel, **about) -> None:
     strange = [name for name in quantized_layers(model) if name not in known and name.rpartition(".")[0] not in ranks]
     if strange:
         raise ValueError(f"{strange[0]} was quantized before, and the model's config cannot say so")
-    model.hf_quantizer = None if fields is None else AcipQuantizer(AcipConfig(**fields))
+    made = None if fields is None else AcipQuantizer(AcipConfig(**fields))
+    model.hf_quantizer = made  # type: ignore[assignment]  # declared nowhere
     _be_ordinary(model)
 
 
@@ -433,7 +436,7 @@ def _describe_ranks(model: PreTrainedModel) -> None:
         return  # adapters are on them, which are saved by themselves; or nothing has changed
     dense = was = now = 0
     for name in ranks:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         sizes = layer.out_features, layer.in_features
         dense += sizes[0] * sizes[1]
         was += _numbers(old[name], *sizes, name in old_pivoted)
@@ -468,7 +471,7 @@ def _teach_peft() -> None:
 
 def _be_ordinary(model: PreTrainedModel) -> None:
     # transformers bars a quantized model from .half(), .float() and Trainer; its weights here are plain floats.
-    model.is_quantized = False
+    model.is_quantized = False  # type: ignore[assignment]  # declared nowhere
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import files
+from .. import checksums, files
 from ..compress.config import CompressionConfig
 from ..compress.factorize import cached_svd, svd_layers
 from ..compress.materialize import Cut, layer_tensors, materialize, plan_cut
@@ -72,7 +72,8 @@ def save(
 
     A `CompressionResult`, or a model with `SVDLinear` layers, becomes an *elastic* checkpoint: factors in the order of
     their scores, scores, adapters and everything else, so that `load(path, size_ratio=…)` reads just what that size
-    needs. Any other transformers model is written by its own `save_pretrained`, with a model card.
+    needs. Any other transformers model is written by its own `save_pretrained`, with a model card. `verify` tells later
+    whether all of it is as it was written.
 
     Args:
         tokenizer: written along if given.
@@ -107,6 +108,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         files.write_text(directory / "README.md", model_card(model, result, base_model))
+        checksums.write(directory)
 
 
 def load(
@@ -158,7 +160,7 @@ def load(
 
         source = {"base_model": base_model, "dtype": dtype, "device_map": device_map, "svd_cache": svd_cache}
         return _cut(import_checkpoint(path, **source).model, size_ratio, fuse, cutting | rounding)
-    config = _config(path)
+    config, generation = _config(path), _generation_config(path)
     fields = _acip_fields(config)
     acip = quantizer.AcipConfig(**fields) if fields else None
     if acip is not None and acip.kind == "factorized":
@@ -183,6 +185,7 @@ def load(
         return _fused_if(fuse, model)
     if getattr(acip, "compact", False):
         model = _rebuild(path, config, acip, base_model, svd_cache, dtype, device_map)
+        model.generation_config = generation or model.generation_config
         return _cut(model, size_ratio, fuse, cutting | rounding)
     _check_cut(size_ratio, fuse)
     with _Elastic(path, acip) as elastic:
@@ -197,6 +200,7 @@ def load(
         state |= elastic.rest()
     model = _from_pretrained(None, config, state_dict=state, dtype=dtype, device_map=device_map)
     model.config._name_or_path = str(path)
+    model.generation_config = generation or model.generation_config
     if quantize_embeddings is not None:
         quantizer.quantize_embeddings(model, Scheme(quantize_embeddings, quantize_group, quantize_symmetric))
     return _fused_if(fuse, model)
@@ -776,6 +780,20 @@ def _config(path: pathlib.Path):
     if not isinstance(config.dtype, torch.dtype | None):
         raise ValueError(f"{path / 'config.json'}: dtype cannot be {fields.get('dtype')!r}")
     return config
+
+
+def _generation_config(path: pathlib.Path):
+    """How the model generates, what ends its texts say; from_pretrained does not read it where it is given a state."""
+    from transformers import GenerationConfig
+
+    file = path / "generation_config.json"
+    if not file.exists():
+        return None
+    fields = files.read_json(file)
+    try:
+        return GenerationConfig.from_dict(fields)
+    except Exception as error:  # whatever comparing a value of another type says
+        raise ValueError(f"{file} is no generation config: {error}") from error
 
 
 def _check_numbers_and_code(file: pathlib.Path, fields: dict) -> None:

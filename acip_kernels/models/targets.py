@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def weight_of(module: nn.Module) -> Tensor:
     """A linear layer's weight as `[out_features, in_features]`."""
-    return module.weight.t() if is_conv1d(module) else module.weight
+    weight = cast(Tensor, module.weight)
+    return weight.t() if is_conv1d(module) else weight
 
 
 def linear_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:

@@ -69,7 +69,7 @@ def is_plain(module: nn.Module) -> bool:
     return not (has_hooks(module) or has_forward(module))
 
 
-def matrix_spec(linear: nn.Module) -> tuple[int, int, int]:
+def matrix_spec(linear: nn.Linear | QuantizedLinear) -> tuple[int, int, int]:
     """Kind, columns and group of an `nn.Linear` or `QuantizedLinear`, as `fused_linear` takes them."""
     if isinstance(linear, QuantizedLinear):
         if linear.kind == "int4":
@@ -179,7 +179,8 @@ def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
         return _call_measured(fused, x, mode, compiling)
     if not takes(x):
         return None
-    few, spec, tensors = x.numel() <= FUSED_TOKENS * x.shape[-1], fused.spec(), []
+    few, spec = x.numel() <= FUSED_TOKENS * x.shape[-1], fused.spec()
+    tensors: list[Tensor] = []
     # form, flags, and kind, columns and group of both factors
     hands_over = len(spec) == 8 and spec[0] == FACTORS and spec[2] == spec[5] == PLAIN
     if not few and (compiling or not hands_over):
@@ -220,7 +221,7 @@ def _call_measured(fused: Fused, x: Tensor, mode: int, compiling: bool) -> Tenso
 
 def gpu_tensors(fused: Fused, x: Tensor) -> list[Tensor] | None:
     """What the Triton kernels are to read for `x`; None where they may not, or cannot."""
-    tensors = []
+    tensors: list[Tensor] = []
     if not fused.add_tensors(x, tensors) or not all(tensor.is_contiguous() for tensor in tensors):
         return None
     return tensors
@@ -228,4 +229,4 @@ def gpu_tensors(fused: Fused, x: Tensor) -> list[Tensor] | None:
 
 def watched(layer: nn.Module, own_hooks: bool = True) -> list[tuple[nn.Module, bool]]:
     """`layer` and its children, for `Fused.watched`; its own hooks matter unless torch has called them already."""
-    return [(layer, own_hooks), *((child, True) for child in layer._modules.values())]
+    return [(layer, own_hooks), *((child, True) for child in layer.children())]

@@ -37,6 +37,10 @@ class NestedLinear(nn.Module):
         generator: of the start of `left_A` and `right_A`.
     """
 
+    left_t: Tensor
+    right: Tensor
+    bias: Tensor | None
+
     def __init__(
         self,
         U: Tensor,
@@ -92,9 +96,9 @@ class NestedLinear(nn.Module):
         if self._updated is None:
             exact = self._exact()
             if self.sharded is None:
-                self._updated = tuple(factor.to(self.dtype) for factor in exact)
+                self._updated = exact[0].to(self.dtype), exact[1].to(self.dtype)
             else:
-                self._updated = tuple(self.sharded.local(name) for name in ("left_t", "right"))
+                self._updated = self.sharded.local("left_t"), self.sharded.local("right")
                 for rows, factor in zip(self._updated, exact, strict=True):
                     rows.copy_(factor)
         return self._updated
@@ -104,7 +108,8 @@ class NestedLinear(nn.Module):
         self._updated = None
 
     def _exact(self) -> tuple[Tensor, Tensor]:
-        left_A, right_B = self.left_A, self.right_B
+        left_A: Tensor = self.left_A
+        right_B: Tensor = self.right_B
         if self.sharded is not None:
             rows = self.sharded.rows("right")
             left_A, right_B = left_A[:, rows], right_B[rows]

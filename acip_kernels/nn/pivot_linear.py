@@ -29,6 +29,10 @@ class PivotLinear(nn.Module):
         in_features, out_features, rank, bias, device, dtype: as for `nn.Linear`; `1 <= rank <= out_features`.
     """
 
+    weight: Tensor
+    is_pivot: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -55,7 +59,7 @@ class PivotLinear(nn.Module):
         self.register_buffer("weight", torch.empty(0, **options))
         self.register_buffer("is_pivot", pack_bits(torch.arange(out_features, device=device) < rank))
         # What follows from `is_pivot`: that buffer itself, `inverse` and `place`.
-        self._orders: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self._orders: tuple[Tensor, Tensor, Tensor] | None = None
         if rank:
             nn.init.normal_(self.P.weight, std=(3 * in_features) ** -0.5)
             nn.init.normal_(self.C.weight, std=rank**-0.5)
@@ -92,13 +96,14 @@ class PivotLinear(nn.Module):
         The list of the pivots followed by the others has output `i` at `inverse[i]`, and its entry `j` is output
         `place[j]`.
         """
-        bits, inverse, place = self._orders
-        if bits is not self.is_pivot:  # moved, or replaced by what was loaded
-            pivots = self.pivots
-            inverse = torch.where(pivots, pivots.long().cumsum(0) - 1, self.rank + (~pivots).long().cumsum(0) - 1)
-            place = inverse.argsort().to(torch.int32)
-            if not torch.compiler.is_exporting():
-                self._orders = self.is_pivot, inverse, place
+        if self._orders is not None and self._orders[0] is self.is_pivot:
+            return self._orders[1:]
+        # The first time, or the bits were moved, or replaced by what was loaded.
+        pivots = self.pivots
+        inverse = torch.where(pivots, pivots.long().cumsum(0) - 1, self.rank + (~pivots).long().cumsum(0) - 1)
+        place = inverse.argsort().to(torch.int32)
+        if not torch.compiler.is_exporting():
+            self._orders = self.is_pivot, inverse, place
         return inverse, place
 
     # ---- see `nn.fused.Fused`
@@ -144,7 +149,7 @@ class PivotLinear(nn.Module):
         return U @ Vh
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self._orders, self.prepared = (None, None, None), None  # is_pivot is written into
+        self._orders, self.prepared = None, None  # is_pivot is written into
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -56,8 +56,8 @@ class QuantizedEmbedding(nn.Module):
         if kind is not nn.Embedding and not hasattr(embedding, "scalar_embed_scale"):
             raise ValueError(f"quantize_embeddings takes an Embedding, and the model has {kind.__name__}")
         scale = 1.0 if kind is nn.Embedding else embedding.scalar_embed_scale
-        like = {"scale": float(scale), "device": weight.device, "dtype": weight.dtype}
-        new = cls(embedding.num_embeddings, embedding.embedding_dim, **scheme.options, **like)
+        options = {**scheme.options, "scale": float(scale), "device": weight.device, "dtype": weight.dtype}
+        new = cls(embedding.num_embeddings, embedding.embedding_dim, **options)
         if not empty:
             # Some rows at a time: what rounding makes on its way is several times the weight.
             parts = [q.quantize(rows, **scheme.options)._asdict() for rows in weight.split(_ROWS)]
@@ -75,7 +75,8 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
-        rows = [None if t is None else t.index_select(0, flat) for t in (self.qweight, self.scales, self.zeros)]
+        zeros = None if self.zeros is None else self.zeros.index_select(0, flat)
+        rows = self.qweight.index_select(0, flat), self.scales.index_select(0, flat), zeros
         y = self._numbers(*rows, self.weight.dtype).view(*ids.shape, self.embedding_dim)
         return y if self.scale == 1.0 else y * self.weight.new_tensor(self.scale)
 
@@ -100,9 +101,8 @@ class QuantizedHead(QuantizedLinear):
     """
 
     def __init__(self, embedding: QuantizedEmbedding, bias: Tensor | None = None):
-        sizes = embedding.embedding_dim, embedding.num_embeddings
-        like = {"device": "meta", "dtype": embedding.weight.dtype}
-        super().__init__(*sizes, bias is not None, **embedding.scheme.options, **like)
+        options = {**embedding.scheme.options, "device": "meta", "dtype": embedding.weight.dtype}
+        super().__init__(embedding.embedding_dim, embedding.num_embeddings, bias is not None, **options)
         if bias is not None:
             self.bias = nn.Parameter(bias.detach())
         self._source = (embedding,)  # in a tuple: it is no child

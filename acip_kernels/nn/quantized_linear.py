@@ -30,6 +30,12 @@ class QuantizedLinear(nn.Module):
     A new layer's weight is zero.
     """
 
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    weight: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -110,7 +116,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[out_features, in_features]` that this layer stands for, in `dtype` or the layer's own."""
-        dtype = dtype or self.weight.dtype
+        dtype = self.weight.dtype if dtype is None else dtype
         return q.dequantize(self.qweight, self.scales, self.zeros, cols=self.in_features, group=self.group, dtype=dtype)
 
     # ---- see `nn.fused.Fused`
@@ -149,7 +155,7 @@ class QuantizedLinear(nn.Module):
         return text + self.kind + group
 
 
-def dense_weight(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def dense_weight(linear: nn.Linear | QuantizedLinear, dtype: torch.dtype | None = None) -> Tensor:
     """The weight `[out_features, in_features]` of an `nn.Linear` or `QuantizedLinear`, in `dtype` or its own."""
     if isinstance(linear, QuantizedLinear):
         return linear.dequantize(dtype)

@@ -39,6 +39,14 @@ class SVDLinear(nn.Module):
     `save_z` (an attribute, True) keeps `x Vhᵀ` between the passes; False saves that memory and computes it again.
     """
 
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    bias: Tensor | None
+    scores: Tensor
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(
         self,
         U: Tensor,
@@ -207,6 +215,7 @@ class SVDLinear(nn.Module):
         """What `compact(join=True)` has copied of `lora_A` and `lora_B`: pairs of a copy and its original."""
         if not self._joined:
             return []
+        assert self._factors is not None
         Vh, U, _ = self._factors
         return [(Vh[: self.adapter_rank], self.lora_A), (U[:, : self.adapter_rank], self.lora_B)]
 
@@ -289,7 +298,7 @@ class SVDLinear(nn.Module):
         if self.sharded is None:
             self.uncompact()
             self.sharded = Sharded(mesh, U=self.U, Vh=self.Vh)
-            self.U = self.Vh = None
+            self.U = self.Vh = None  # type: ignore[assignment]  # until unshard()
 
     def unshard(self, device: torch.device | str = "cpu") -> None:
         """Have both whole again, on `device`."""
@@ -301,7 +310,7 @@ class SVDLinear(nn.Module):
         """`U` and `Vh`; of a sharded layer copies on `device`, which all processes have to ask for together."""
         if self.sharded is None:
             return self.U, self.Vh
-        return tuple(self.sharded.whole(name).to(device) for name in ("U", "Vh"))
+        return self.sharded.whole("U").to(device), self.sharded.whole("Vh").to(device)
 
     def effective_weight(self, *, adapter: bool = True) -> Tensor:
         """`U diag(S β) Vh (+ (α/r) B A)  [out_features, in_features]`, in float32 or better."""

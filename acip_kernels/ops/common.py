@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,7 +162,7 @@ def check_factors(
             raise TypeError(f"{operator}: {name} is {tensors[name].dtype} but x is {x.dtype}; convert one of them")
 
 
-def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """`x` and `tensors` in autocast's dtype where autocast is on, as `torch.nn.functional.linear` would take them."""
     # What is no tensor passes through: `check_factors` names it. The meta device knows no autocast and would raise.
     device = x.device.type if isinstance(x, Tensor) else "meta"

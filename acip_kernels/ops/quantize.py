@@ -271,7 +271,7 @@ def _ranges(
     place of a group counts `weights [group]`.
     """
     low, high = values.amin(-1).double().clamp_max(0), values.amax(-1).double().clamp_min(0)
-    best = None
+    best: tuple[Tensor, ...] | None = None
     for shrink in shrinks:
         scales, zeros = _range(low * shrink, high * shrink, kind, symmetric)
         if len(shrinks) == 1:
@@ -283,7 +283,9 @@ def _ranges(
             best = error, scales, zeros
         else:
             best = tuple(torch.where(error < best[0], new, old) for new, old in zip((error, scales, zeros), best))
-    return best[1:]
+    assert best is not None
+    _, scales, zeros = best
+    return scales, zeros
 
 
 def _range(low: Tensor, high: Tensor, kind: str, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -60,7 +60,7 @@ class Timer:
 
     def in_turns(self, runs: list[Callable[[], object]], calls: list[int], rounds: int) -> list[list[float]]:
         """As `measure`, of what `prepare` has made, with the calls in each."""
-        found = [[] for _ in runs]
+        found: list[list[float]] = [[] for _ in runs]
         for _ in range(rounds):
             for run, count, seconds in zip(runs, calls, found, strict=True):
                 seconds.append(self.seconds(run) / count)

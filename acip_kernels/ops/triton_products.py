@@ -482,7 +482,7 @@ def scale_and_reduce(
     tokens, columns = h.shape
     hs = torch.empty_like(h, memory_format=torch.contiguous_format) if need_hs else None
     blocks = triton.cdiv(tokens, PASS_BLOCKS["BLOCK_TOKENS"])
-    S, mask, partials = _for_sums(S, mask, blocks)
+    S, mask, partials = S.contiguous(), mask.contiguous(), S.new_empty(blocks, len(S))
     if tokens:
         launch(
             scale_and_reduce_kernel, (blocks, triton.cdiv(columns, PASS_BLOCKS["BLOCK_COLUMNS"])), h,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +167,7 @@ class AcipLinearMethod(LinearMethodBase):
             raise ValueError(f"vLLM merges {len(sizes)} layers here, and the checkpoint has {', '.join(self.names)}")
         self.in_features, self.in_start = input_size, 0
         if input_size_per_partition != input_size:
-            self.in_start = layer.tp_rank * input_size_per_partition
+            self.in_start = cast(int, layer.tp_rank) * input_size_per_partition
         self.parts, rows = [], 0
         for number, (name, local) in enumerate(zip(self.names, sizes)):
             # Where there are fewer heads of keys and values than processes, some have the same.

@@ -19,6 +19,9 @@ Sums are in float32, in one order for each instruction set, whatever the number 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -37,7 +40,7 @@ def takes(x: Tensor) -> bool:
     return extension.module is not None and x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def matrix_rows(tensors: list[Tensor], spec: list[int]) -> list[list[int]]:
+def matrix_rows(tensors: Sequence[Any], spec: list[int]) -> list[list[int]]:
     """The rows of each layer's matrices, which `spec` does not tell."""
     found, i, t = [], 0, 0
     while i < len(spec):
@@ -52,8 +55,8 @@ def matrix_rows(tensors: list[Tensor], spec: list[int]) -> list[list[int]]:
     return found
 
 
-def _outputs(tensors: list[Tensor], spec: list[int]) -> tuple[list[int], int]:
-    """The output widths of all layers, and how many multiplications they take for a token."""
+def _outputs(tensors: Sequence[Any], spec: list[int]) -> tuple[list[int], int]:
+    """The output widths of all layers, and a token's number of multiplications. Of tensors, the shapes suffice."""
     outputs, multiplications, i = [], 0, 0
     for rows in matrix_rows(tensors, spec):
         outputs.append(sum(rows) if spec[i] == PIVOTED else rows[-1])
@@ -85,7 +88,7 @@ def _flops(x_shape, tensor_shapes, spec, mode, *_, out_shape=None, **__) -> int:
 try:
     from . import prefill, triton
 except ImportError:  # a machine without Triton
-    triton = None
+    triton = None  # type: ignore[assignment]  # a module, as far as annotations can say
 
 if extension.module is not None or triton is not None:
     if extension.module is None:

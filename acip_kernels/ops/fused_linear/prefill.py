@@ -63,6 +63,7 @@ def product(x: Tensor, weight: Matrix, bias: Tensor | None, y: Tensor, way: str 
 
 def pivoted(x: Tensor, layer: triton.Layer, y: Tensor, way: str | None = None) -> Tensor:
     """Both products of a pivoted layer into `y [tokens, out]`; each output is stored at its place."""
+    assert layer.second is not None and layer.place is not None
     # Torch's products are read again and written to their places.
     if _is_ours(x, [layer.first, layer.second], 2 * y.numel() * y.element_size(), way):
         z = x.new_empty(len(x), layer.rank)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -367,7 +368,7 @@ class Layer:
     @property
     def last(self) -> Matrix:
         """The weight whose rows are outputs."""
-        return self.first if self.form == DENSE else self.second
+        return self.first if self.form == DENSE or self.second is None else self.second
 
     @property
     def rank(self) -> int:
@@ -468,7 +469,9 @@ def _concatenate(x: Tensor, layers: list[Layer], choose: Callable, device: Devic
         return y
     partial, splits, ranks = _shrink(x, layers, choose, device)
     chosen = choose([layer.last for layer in layers])
-    tiles, arguments, constants = 0, [], {}
+    tiles = 0
+    arguments: list = []
+    constants: dict[str, Any] = {}
     for number in range(SIBLINGS):
         layer = layers[number] if number < len(layers) else None
         arguments += _expand_arguments(x, layer)
@@ -495,7 +498,8 @@ def _swiglu(x: Tensor, layers: list[Layer], choose: Callable, device: Device) ->
     partial, splits, ranks = _shrink(x, layers, choose, device)
     chosen = choose([gate.last, up.last], together=True)
     pdl = chosen.pdl and ranks > 0
-    arguments, constants = [], {}
+    arguments: list = []
+    constants: dict[str, Any] = {}
     for number, layer in enumerate(layers):
         w, stride, scales, zeros, _, rank, s, bias, _, groups = _expand_arguments(x, layer)
         arguments += [w, stride, scales, zeros, rank, s, bias, groups]
@@ -529,7 +533,10 @@ def _shrink(x: Tensor, layers: list[Layer], choose: Callable, device: Device) ->
     chosen = choose(firsts, split=True)
     splits, span = chosen.split(cols)
     partial = torch.empty(splits, tokens, ranks, dtype=torch.float32, device=x.device)
-    arguments, groups, constants, tiles = [], [], {}, 0
+    tiles = 0
+    arguments: list = []
+    groups: list[int] = []
+    constants: dict[str, Any] = {}
     for number in range(SIBLINGS):
         m = firsts[number] if number < len(firsts) else None
         arguments += [x, 0, x, x, 0] if m is None else [*_weight_arguments(x, m), m.rows]

@@ -6,6 +6,7 @@ Only how the kernels read their weights is varied, never what they compute: outp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -49,8 +50,7 @@ class Case:
     def calls(self, choose: Callable[[Launch], DecodeConfig]) -> Calls:
         """Our kernels with these configs, on every copy."""
         return [
-            lambda tensors=tensors: triton.forward(self.x, tensors, self.spec, self.mode, choose)
-            for tensors in self.copies
+            functools.partial(triton.forward, self.x, tensors, self.spec, self.mode, choose) for tensors in self.copies
         ]
 
     def calls_of_torch(self) -> Calls:

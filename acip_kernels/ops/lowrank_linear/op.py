@@ -76,8 +76,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, g):
-    needed = ctx.needs_input_grad[:5]
-    return *reference.backward(g, *ctx.saved_tensors, needed), None
+    x, Vh, U, s = ctx.saved_tensors
+    return *reference.backward(g, x, Vh, U, s, ctx.needs_input_grad[:5]), None
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

@@ -107,15 +107,15 @@ def _check(x, Vh, U, S, mask, bias, mask_scale, rows, adapter) -> None:
     else:
         common.check_factors(OPERATOR, x, Vh, U, bias, S=S, **({} if rows is not None else {"mask": mask}))
     precise = torch.promote_types(x.dtype, torch.float32)
-    trained = (("S", S), ("mask", mask))
+    trained = {"S": S, "mask": mask}
     if adapter is not None:
-        trained += (("A", adapter.A), ("B", adapter.B))
+        trained |= {"A": adapter.A, "B": adapter.B}
         if adapter.A.shape[1] != x.shape[-1] or adapter.B.shape[0] != U.shape[0]:
             raise ValueError(
                 f"{OPERATOR}: the adapter must be A [r, {x.shape[-1]}] and B [{U.shape[0]}, r], "
                 f"got {list(adapter.A.shape)} and {list(adapter.B.shape)}"
             )
-    for name, tensor in trained:
+    for name, tensor in trained.items():
         # In bfloat16 the mask's steps would be lost without a word.
         if tensor.dtype != precise:
             raise TypeError(f"{OPERATOR}: {name} must be {precise} as x is {x.dtype}, got {tensor.dtype}")

@@ -25,7 +25,7 @@ try:
     from ..quantized_linear.triton import matrix
     from . import triton
 except ImportError:  # a machine without Triton
-    kernels = None
+    kernels = None  # type: ignore[assignment]  # a module, as far as annotations can say
 BACKENDS = {"reference": reference} | ({} if kernels is None else {"triton": triton})
 
 
@@ -111,6 +111,7 @@ def _backward_operator(
             dz = reference.keep_live(scale_ranks(h, S), mask)
             sums = (flat.to(S.dtype) * h.to(S.dtype)).sum(0)
             dmask = reference.keep_live(sums * S / mask_scale, mask)
+    assert dmask is not None
     return dz.reshape(z.shape), dmask
 
 

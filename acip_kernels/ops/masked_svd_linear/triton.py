@@ -33,7 +33,9 @@ def _reduce(
     """`h ⊙ s` and the mask's gradient for `h = g U`, by either way."""
     # A pass of its own reads h and writes it back, scaled; z is read by either way.
     if kernels.pays([Product(len(g), U.shape[1], U.shape[0], g.element_size())], g, 2 * z.numel() * g.element_size()):
-        return kernels.backward_product(g, U, z, S, mask, mask_scale, r, scaling, need_hs)
+        hs, dmask = kernels.backward_product(g, U, z, S, mask, mask_scale, r, scaling, need_hs)
+        assert dmask is not None
+        return hs, dmask
     return kernels.scale_and_reduce(product(g, U), z, S, mask, mask_scale, r, scaling, need_hs)
 
 
