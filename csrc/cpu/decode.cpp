@@ -385,25 +385,28 @@ inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const floa
 #if defined(__AVX512BF16__)
 // ---- integers as bfloat16, which holds them exactly: 64 bytes of codes at a time, in the order in which they come apart
 
-// The inputs in that order, with zeros behind the last; of 4 bits also their sums over each group, in sixteens.
+// The inputs in that order, with zeros behind the last; of 4 bits also their sums over each group, in sixteens. few: for
+// so few tokens that 8 bits are looked up.
 struct Inputs {
     const bf16* x;
     int64_t stride;
     const float* sums;
     int64_t sums_stride;
+    bool few;
 };
+constexpr int64_t kFew = 4;
 
 inline __m512bh load_32(const bf16* p, int64_t left) {
     return load_32(p, left >= 32 ? ~__mmask32(0) : left > 0 ? (__mmask32(1) << left) - 1 : 0);
 }
 
-// 8 bits: columns 16 i to 16 i + 7 of each 64, and then the others.
+// 8 bits, looked up: columns 16 i to 16 i + 7 of each 64, and then the others. Converted: as they are.
 constexpr int64_t kColumns8 = 64;
-inline void arrange_i8(const bf16* x, int64_t cols, bf16* out) {
+inline void arrange_i8(const bf16* x, int64_t cols, bool few, bf16* out) {
     for (int64_t j = 0; j < cols; j += kColumns8) {
         __m512i first = (__m512i)load_32(x + j, cols - j), second = (__m512i)load_32(x + j + 32, cols - j - 32);
-        _mm512_storeu_si512(out + j, _mm512_shuffle_i64x2(first, second, 0x88));
-        _mm512_storeu_si512(out + j + 32, _mm512_shuffle_i64x2(first, second, 0xdd));
+        _mm512_storeu_si512(out + j, few ? _mm512_shuffle_i64x2(first, second, 0x88) : first);
+        _mm512_storeu_si512(out + j + 32, few ? _mm512_shuffle_i64x2(first, second, 0xdd) : second);
     }
 }
 
@@ -513,19 +516,22 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
 }
 
-// 64 integers of 8 bits, as `arrange_i8` has their inputs: both bytes of the bfloat16 by the size, then the sign.
-inline void load_64(__m512i codes, __m512bh (&weights)[2]) {
-    __m512i size = _mm512_abs_epi8(codes);
+// 64 integers of 8 bits in the order of `arrange_i8`: both bytes of the bfloat16 by the size, then the sign.
+inline void look_up_64(const int8_t* p, __m512bh& first, __m512bh& second) {
+    __m512i codes = _mm512_loadu_si512(p), size = _mm512_abs_epi8(codes);
     auto look_up = [&](const uint8_t* table) __attribute__((always_inline)) {
         return _mm512_permutex2var_epi8(_mm512_load_si512(table), size, _mm512_load_si512(table + 64));
     };
     __m512i low = look_up(kNumbers.low), high = look_up(kNumbers.high);
     high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);
-    weights[0] = (__m512bh)_mm512_unpacklo_epi8(low, high);
-    weights[1] = (__m512bh)_mm512_unpackhi_epi8(low, high);
+    first = (__m512bh)_mm512_unpacklo_epi8(low, high);
+    second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
+inline __m512bh convert_32(const int8_t* p) { return _mm512_cvtne2ps_pbh(load(p + 16).v, load(p).v); }
 
-template <int64_t T>
+// For few tokens integers are looked up, which takes the fewest operations. For more, products fill the pipes that
+// look-ups take, while conversions have pipes of their own, and tables take the registers of sums.
+template <int64_t T, bool kLookedUp>
 inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const Inputs& x, Sums* out, int64_t step) {
     const int8_t* w[kRows];
     for (int64_t r = 0; r < kRows; ++r) w[r] = static_cast<const int8_t*>(matrix.data) + at[r] * matrix.stride;
@@ -534,23 +540,37 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
-    auto columns = [&](int64_t j, __mmask64 mask) __attribute__((always_inline)) {
+    auto columns = [&](const int8_t* const(&codes)[kRows], const bf16* inputs) __attribute__((always_inline)) {
+        __m512bh weights[2][kRows];
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < kRows; ++r) {
-            fetch(w[r] + j);
-            __m512bh weights[2];
-            load_64(_mm512_maskz_loadu_epi8(mask, w[r] + j), weights);
+        for (int64_t half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kRows; ++r)
+                if (!kLookedUp)
+                    weights[half][r] = convert_32(codes[r] + 32 * half);
+                else if (half == 0)
+                    look_up_64(codes[r], weights[0][r], weights[1][r]);
 #pragma GCC unroll 8
             for (int64_t t = 0; t < T; ++t) {
-                const bf16* input = x.x + t * x.stride + j;
-                sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[0], load_32(input));
-                sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[1], load_32(input + 32));
+                __m512bh input = load_32(inputs + t * x.stride + 32 * half);
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[half][r], input);
             }
         }
     };
     int64_t j = 0;
-    for (; j + kColumns8 <= matrix.cols; j += kColumns8) columns(j, ~__mmask64(0));
-    if (j < matrix.cols) columns(j, (__mmask64(1) << (matrix.cols - j)) - 1);
+    for (; j + kColumns8 <= matrix.cols; j += kColumns8) {
+        const int8_t* const codes[kRows] = {w[0] + j, w[1] + j, w[2] + j, w[3] + j};
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kRows; ++r) fetch(codes[r]);
+        columns(codes, x.x + j);
+    }
+    if (j < matrix.cols) {
+        int8_t padded[kRows][kColumns8] = {};
+        for (int64_t r = 0; r < kRows; ++r) std::memcpy(padded[r], w[r] + j, matrix.cols - j);
+        const int8_t* const codes[kRows] = {padded[0], padded[1], padded[2], padded[3]};
+        columns(codes, x.x + j);
+    }
 #pragma GCC unroll 8
     for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
 }
@@ -597,8 +617,11 @@ void some_rows(const Matrix& matrix, const Streams& streams, int64_t from, int64
     if constexpr (__is_same(X, bf16)) {
         Inputs inputs = source.arranged;
         inputs.x += token * inputs.stride, inputs.sums += token * inputs.sums_stride;
+        if constexpr (T <= kFew)
+            if (eight && inputs.few)
+                return each([&](auto& at, int64_t step) { rows_i8_bf16<T, true>(matrix, at, inputs, sums, step); });
         if (eight)
-            return each([&](auto& at, int64_t step) { rows_i8_bf16<T>(matrix, at, inputs, sums, step); });
+            return each([&](auto& at, int64_t step) { rows_i8_bf16<T, false>(matrix, at, inputs, sums, step); });
         if (four && matrix.group == 32)
             return each([&](auto& at, int64_t step) { rows_i4_bf16<T, true>(matrix, at, inputs, sums, step); });
         if (four) return each([&](auto& at, int64_t step) { rows_i4_bf16<T, false>(matrix, at, inputs, sums, step); });
@@ -650,9 +673,9 @@ Source<X> source_of(const Product& p, int64_t tokens) {
                 arrange_i4(x + t * p.x_stride, cols, p.weight.group, arranged.data() + t * stride,
                            sums.data() + t * groups);
             else
-                arrange_i8(x + t * p.x_stride, cols, arranged.data() + t * stride);
+                arrange_i8(x + t * p.x_stride, cols, tokens <= kFew, arranged.data() + t * stride);
         Source<X> source{x, p.x_stride};
-        source.arranged = {arranged.data(), stride, sums.data(), groups};
+        source.arranged = {arranged.data(), stride, sums.data(), groups, tokens <= kFew};
         return source;
     }
 #endif
