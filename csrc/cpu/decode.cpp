@@ -517,8 +517,8 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
 }
 
 // 64 integers of 8 bits in the order of `arrange_i8`: both bytes of the bfloat16 by the size, then the sign.
-inline void look_up_64(const int8_t* p, __m512bh& first, __m512bh& second) {
-    __m512i codes = _mm512_loadu_si512(p), size = _mm512_abs_epi8(codes);
+inline void look_up_64(const int8_t* p, __mmask64 mask, __m512bh& first, __m512bh& second) {
+    __m512i codes = _mm512_maskz_loadu_epi8(mask, p), size = _mm512_abs_epi8(codes);
     auto look_up = [&](const uint8_t* table) __attribute__((always_inline)) {
         return _mm512_permutex2var_epi8(_mm512_load_si512(table), size, _mm512_load_si512(table + 64));
     };
@@ -527,7 +527,12 @@ inline void look_up_64(const int8_t* p, __m512bh& first, __m512bh& second) {
     first = (__m512bh)_mm512_unpacklo_epi8(low, high);
     second = (__m512bh)_mm512_unpackhi_epi8(low, high);
 }
-inline __m512bh convert_32(const int8_t* p) { return _mm512_cvtne2ps_pbh(load(p + 16).v, load(p).v); }
+inline __m512bh convert_32(const int8_t* p, __mmask32 mask) {
+    auto convert = [&](int at) __attribute__((always_inline)) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(__mmask16(mask >> at), p + at)));
+    };
+    return _mm512_cvtne2ps_pbh(convert(16), convert(0));
+}
 
 // For few tokens integers are looked up, which takes the fewest operations. For more, products fill the pipes that
 // look-ups take, while conversions have pipes of their own, and tables take the registers of sums.
@@ -540,19 +545,19 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
-    auto columns = [&](const int8_t* const(&codes)[kRows], const bf16* inputs) __attribute__((always_inline)) {
+    auto columns = [&](int64_t j, __mmask64 mask) __attribute__((always_inline)) {
         __m512bh weights[2][kRows];
 #pragma GCC unroll 8
         for (int64_t half = 0; half < 2; ++half) {
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r)
                 if (!kLookedUp)
-                    weights[half][r] = convert_32(codes[r] + 32 * half);
+                    weights[half][r] = convert_32(w[r] + j + 32 * half, __mmask32(mask >> 32 * half));
                 else if (half == 0)
-                    look_up_64(codes[r], weights[0][r], weights[1][r]);
+                    look_up_64(w[r] + j, mask, weights[0][r], weights[1][r]);
 #pragma GCC unroll 8
             for (int64_t t = 0; t < T; ++t) {
-                __m512bh input = load_32(inputs + t * x.stride + 32 * half);
+                __m512bh input = load_32(x.x + t * x.stride + j + 32 * half);
 #pragma GCC unroll 8
                 for (int64_t r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[half][r], input);
             }
@@ -560,17 +565,11 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     };
     int64_t j = 0;
     for (; j + kColumns8 <= matrix.cols; j += kColumns8) {
-        const int8_t* const codes[kRows] = {w[0] + j, w[1] + j, w[2] + j, w[3] + j};
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < kRows; ++r) fetch(codes[r]);
-        columns(codes, x.x + j);
+        for (int64_t r = 0; r < kRows; ++r) fetch(w[r] + j);
+        columns(j, ~__mmask64(0));
     }
-    if (j < matrix.cols) {
-        int8_t padded[kRows][kColumns8] = {};
-        for (int64_t r = 0; r < kRows; ++r) std::memcpy(padded[r], w[r] + j, matrix.cols - j);
-        const int8_t* const codes[kRows] = {padded[0], padded[1], padded[2], padded[3]};
-        columns(codes, x.x + j);
-    }
+    if (j < matrix.cols) columns(j, (__mmask64(1) << (matrix.cols - j)) - 1);
 #pragma GCC unroll 8
     for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
 }
