@@ -26,7 +26,7 @@ if X86:
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     # GCC 12 warns of its own header, whose undefined vectors are meant (GCC bug 105593).
     ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
 KERNELS = ("training", "decode")
 # Machine code for Ampere (which Ada runs too) and Hopper; what is newer compiles its own of PTX.
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=[sm_90,compute_90]"]

@@ -6,7 +6,7 @@ import torch
 from deployed import KINDS, Layer, arguments, bound, exact, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import assert_within
+from operators import assert_within, error_bound
 from torch.utils.flop_counter import FlopCounterMode
 
 from acip_kernels.ops import extension, lowrank_linear
@@ -43,6 +43,21 @@ def test_every_form_and_number_against_float64(isa, form, kind, dtype):
             y, want = fused(x, [layer]), exact(x, [layer])
             assert y.dtype == dtype
             assert_within(bound(layer, x, dtype), y, want, f"{in_} → {rank} → {out}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("kind", [op.INT4, op.INT4_ZEROS])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_of_inputs_of_very_different_sizes(isa, group, kind):
+    cols = 1300  # more than kernels take the scales of at a time
+    layer = Layer(op.DENSE, cols, 9, 0, torch.bfloat16, kind, bias=False, group=group)
+    generator = torch.Generator().manual_seed(2)
+    for tokens in (1, 3):
+        sizes = torch.randint(-12, 13, (tokens, cols), generator=generator)
+        x = (inputs(torch.bfloat16, tokens, cols) * 2.0**sizes).bfloat16()
+        # A code may be taken for 16 + code, of which 16 + zero is taken off again: sums of up to 31 scales each.
+        scales = layer.tensors[1].double().repeat_interleave(group, 1)[:, :cols]
+        offset = error_bound(torch.float32, x.double().abs() @ (62 * scales).t(), roundings=0, sums=cols + 40)
+        assert_within(bound(layer, x, torch.bfloat16) + offset, fused(x, [layer]), exact(x, [layer]))
 
 
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)

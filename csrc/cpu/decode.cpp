@@ -6,7 +6,7 @@
 // tokens the same four rows are read again, from the cache.
 //
 // The loops are templates over how 16 (or 8) weights become floats; with bfloat16 instructions, products of bfloat16
-// weights, and of 4-bit weights by a table of 32 bfloat16 numbers, are 32 at a time.
+// inputs are 32 at a time, and what bounds those of integers is how few operations make bfloat16 of them.
 #include "acip/decode.h"
 
 #include <cmath>
@@ -159,19 +159,31 @@ inline V load_part(const T* p, int64_t count) {
 #endif
 
 // Integers are few bytes and many operations, with which the processor's own prefetcher does not overlap all of the
-// waiting: their streams are asked for this much ahead. (Floats are not: there it is slower, if anything.)
-constexpr int64_t kAhead = 4096;
-inline void fetch(const void* weights) { __builtin_prefetch(static_cast<const char*>(weights) + kAhead, 0, 3); }
+// waiting: their streams are asked for ahead, from memory and then from the second cache. (Floats are not: there it is
+// slower, if anything.)
+inline void fetch(const void* weights) {
+    __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(weights) + 512, 0, 3);
+}
 
 // ---- four rows, T tokens
 
 constexpr int64_t kRows = 4;
 constexpr int64_t kTokens = 6;
+// Sums are finished for this many fours at a time: what a row takes besides its weights is then vectors too.
+constexpr int64_t kSteps = 16;
+using Sums = float[kRows][kSteps];  // of a token
+
+inline void put(V a, V b, V c, V d, Sums& sums, int64_t step) {
+    float four[kRows];
+    sums_of(a, b, c, d, four);
+    for (int64_t r = 0; r < kRows; ++r) sums[r][step] = four[r];
+}
 
 // Rows of W, a type that `load` makes floats of.
 template <class W, class X, int64_t T>
-inline void rows(const Matrix& matrix, const int64_t (&at)[kRows], const X* x, int64_t x_stride,
-                 float (&out)[kTokens][kRows]) {
+inline void rows(const Matrix& matrix, const int64_t (&at)[kRows], const X* x, int64_t x_stride, Sums* out,
+                 int64_t step) {
     // One token has too few sums to hide an addition's latency: they are doubled.
     constexpr int64_t kSums = T == 1 ? 2 : 1;
     const W* w[kRows];
@@ -216,7 +228,7 @@ inline void rows(const Matrix& matrix, const int64_t (&at)[kRows], const X* x, i
     for (int64_t t = 0; t < T; ++t) {
         if (kSums == 2)
             for (int64_t r = 0; r < kRows; ++r) sums[0][r][t] = V::add(sums[0][r][t], sums[kSums - 1][r][t]);
-        sums_of(sums[0][0][t], sums[0][1][t], sums[0][2][t], sums[0][3][t], out[t]);
+        put(sums[0][0][t], sums[0][1][t], sums[0][2][t], sums[0][3][t], out[t], step);
     }
 }
 
@@ -226,8 +238,8 @@ inline __m512bh load_32(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p);
 inline __m512bh load_32(const bf16* p, __mmask32 mask) { return (__m512bh)_mm512_maskz_loadu_epi16(mask, p); }
 
 template <int64_t T>
-inline void rows_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf16* x, int64_t x_stride,
-                      float (&out)[kTokens][kRows]) {
+inline void rows_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf16* x, int64_t x_stride, Sums* out,
+                      int64_t step) {
     constexpr int64_t kSums = T == 1 ? 2 : 1;
     const bf16* w[kRows];
     for (int64_t r = 0; r < kRows; ++r)
@@ -270,34 +282,43 @@ inline void rows_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf
     for (int64_t t = 0; t < T; ++t) {
         if (kSums == 2)
             for (int64_t r = 0; r < kRows; ++r) sums[0][r][t] = _mm512_add_ps(sums[0][r][t], sums[kSums - 1][r][t]);
-        sums_of(V{sums[0][0][t]}, V{sums[0][1][t]}, V{sums[0][2][t]}, V{sums[0][3][t]}, out[t]);
+        put(V{sums[0][0][t]}, V{sums[0][1][t]}, V{sums[0][2][t]}, V{sums[0][3][t]}, out[t], step);
     }
 }
 #endif
 
 // ---- 4 bits
 
-// For each zero, the numbers that the 16 codes stand for; exact in bfloat16 too.
+// For each zero, the numbers that the 16 codes stand for.
 struct Tables {
     float numbers[16][16];
-    uint16_t bf16s[16][32];  // twice, as an index of five bits has a bit of the next code above its four
-    constexpr Tables() : numbers(), bf16s() {
+    constexpr Tables() : numbers() {
         for (int zero = 0; zero < 16; ++zero)
-            for (int code = 0; code < 16; ++code) {
-                int value = code - zero;
-                numbers[zero][code] = float(value);
-                uint16_t bits = 0;
-                if (value != 0) {
-                    int size = value < 0 ? -value : value, exponent = 0;
-                    while ((size >> exponent) > 1) ++exponent;
-                    bits = uint16_t((value < 0 ? 0x8000 : 0) | ((127 + exponent) << 7) |
-                                    ((size << (7 - exponent)) & 0x7f));
-                }
-                bf16s[zero][code] = bf16s[zero][code + 16] = bits;
-            }
+            for (int code = 0; code < 16; ++code) numbers[zero][code] = float(code - zero);
     }
 };
 alignas(64) constexpr Tables kTables;
+
+#if defined(__AVX512BF16__)
+// The bits of the bfloat16 of a whole number from 0 to 255.
+constexpr uint16_t bf16_of(int value) {
+    int exponent = 0;
+    while ((value >> exponent) > 1) ++exponent;
+    return value ? uint16_t((127 + exponent) << 7 | ((value << (15 - exponent) >> 8) & 0x7f)) : uint16_t(0);
+}
+
+// Both bytes of the bfloat16 of 0 to 127; 16 and each code, twice, as an index has a bit of the next code above its
+// four; and the places of every other of 64 words.
+struct Numbers {
+    uint8_t low[128], high[128];
+    uint16_t sixteen_and[32], even[32];
+    constexpr Numbers() : low(), high(), sixteen_and(), even() {
+        for (int i = 0; i < 128; ++i) low[i] = uint8_t(bf16_of(i)), high[i] = uint8_t(bf16_of(i) >> 8);
+        for (int i = 0; i < 32; ++i) sixteen_and[i] = bf16_of(16 + i % 16), even[i] = uint16_t(2 * i);
+    }
+};
+alignas(64) constexpr Numbers kNumbers;
+#endif
 
 struct Int4Row {
     const uint8_t* codes;
@@ -305,28 +326,34 @@ struct Int4Row {
     const uint8_t* zeros;
 
     Int4Row() = default;
-    Int4Row(const Matrix& matrix, int64_t row)
+    Int4Row(const Matrix& matrix, int64_t groups, int64_t row)
         : codes(static_cast<const uint8_t*>(matrix.data) + row * matrix.stride) {
-        int64_t groups = (matrix.cols + matrix.group - 1) / matrix.group;
         scales = static_cast<const bf16*>(matrix.scales) + row * groups;
         zeros = matrix.zeros ? matrix.zeros + row * groups : nullptr;
     }
     int zero(int64_t group) const { return zeros ? zeros[group] & 15 : 8; }
 };
 
+// A group is 2 to the power of this many columns: a division would take as long as some of a short row's weights.
+inline int group_bits(const Matrix& matrix) { return __builtin_ctzll(uint64_t(matrix.group)); }
+inline int64_t groups_of(const Matrix& matrix, int64_t cols) {
+    return (cols + matrix.group - 1) >> group_bits(matrix);
+}
+
 // x has zeros behind its columns up to a whole block. A block's two halves of 32 columns may be of two groups; groups of
 // 64 and 128 are summed by halves too.
 template <int64_t T>
-inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const float* x, int64_t x_stride,
-                    float (&out)[kTokens][kRows]) {
+inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const float* x, int64_t x_stride, Sums* out,
+                    int64_t step) {
+    const int bits = group_bits(matrix);
+    const int64_t groups = groups_of(matrix, matrix.cols), last = groups - 1;
     Int4Row w[kRows];
-    for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, at[r]);
+    for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, groups, at[r]);
     V sums[kRows][T];
     for (int64_t r = 0; r < kRows; ++r)
         for (int64_t t = 0; t < T; ++t) sums[r][t] = V::zero();
-    int64_t last = (matrix.cols + matrix.group - 1) / matrix.group - 1;
     for (int64_t j = 0; j < matrix.cols; j += 64) {
-        int64_t low_group = j / matrix.group, high_group = (j + 32) / matrix.group;
+        int64_t low_group = j >> bits, high_group = (j + 32) >> bits;
         high_group = high_group < last ? high_group : last;  // beyond the last column there are only zeros
         for (int64_t r = 0; r < kRows; ++r) {
             fetch(w[r].codes + j / 2);
@@ -352,80 +379,165 @@ inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const floa
             }
         }
     }
-    for (int64_t t = 0; t < T; ++t) sums_of(sums[0][t], sums[1][t], sums[2][t], sums[3][t], out[t]);
+    for (int64_t t = 0; t < T; ++t) put(sums[0][t], sums[1][t], sums[2][t], sums[3][t], out[t], step);
 }
 
 #if defined(__AVX512BF16__)
-// Scales are made floats for 1024 columns at a time, so that one is a broadcast from memory in the loop. kHalves: groups
-// of 32, so that each half of a block has a scale of its own.
+// ---- integers as bfloat16, which holds them exactly: 64 bytes of codes at a time, in the order in which they come apart
+
+// The inputs in that order, with zeros behind the last; of 4 bits also their sums over each group, in sixteens. few: for
+// so few tokens that 8 bits are looked up.
+struct Inputs {
+    const bf16* x;
+    int64_t stride;
+    const float* sums;
+    int64_t sums_stride;
+    bool few;
+};
+constexpr int64_t kFew = 4;
+
+inline __m512bh load_32(const bf16* p, int64_t left) {
+    return load_32(p, left >= 32 ? ~__mmask32(0) : left > 0 ? (__mmask32(1) << left) - 1 : 0);
+}
+
+// 8 bits, looked up: columns 16 i to 16 i + 7 of each 64, and then the others. Converted: as they are.
+constexpr int64_t kColumns8 = 64;
+inline void arrange_i8(const bf16* x, int64_t cols, bool few, bf16* out) {
+    for (int64_t j = 0; j < cols; j += kColumns8) {
+        __m512i first = (__m512i)load_32(x + j, cols - j), second = (__m512i)load_32(x + j + 32, cols - j - 32);
+        _mm512_storeu_si512(out + j, few ? _mm512_shuffle_i64x2(first, second, 0x88) : first);
+        _mm512_storeu_si512(out + j + 32, few ? _mm512_shuffle_i64x2(first, second, 0xdd) : second);
+    }
+}
+
+// 4 bits: a word of 16 bits has four codes, from its lowest bits on of columns 2 i, 2 i + 32, 2 i + 1 and 2 i + 33 of a
+// block, and 32 words are two blocks.
+constexpr int64_t kColumns4 = 128;
+inline void arrange_i4(const bf16* x, int64_t cols, int64_t group, bf16* out, float* sums) {
+    const __m512i even = _mm512_load_si512(kNumbers.even);
+    const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    for (int64_t j = 0; j < cols; j += kColumns4) {
+        __m512i part[4];
+        for (int64_t i = 0; i < 4; ++i) part[i] = (__m512i)load_32(x + j + 32 * i, cols - j - 32 * i);
+        _mm512_storeu_si512(out + j, _mm512_permutex2var_epi16(part[0], even, part[2]));
+        _mm512_storeu_si512(out + j + 32, _mm512_permutex2var_epi16(part[1], even, part[3]));
+        _mm512_storeu_si512(out + j + 64, _mm512_permutex2var_epi16(part[0], odd, part[2]));
+        _mm512_storeu_si512(out + j + 96, _mm512_permutex2var_epi16(part[1], odd, part[3]));
+    }
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    int64_t g = 0;
+    for (int64_t j = 0; j < cols; j += group, ++g) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = j; i < j + group; i += 32) sum = _mm512_dpbf16_ps(sum, ones, load_32(x + i, cols - i));
+        sums[g] = _mm512_reduce_add_ps(sum);
+    }
+    for (; g % 16; ++g) sums[g] = 0.0f;
+}
+
+// A code q in the upper bits of the mantissa is the bfloat16 16 + q, whatever its zero: of a group of any zero it takes
+// one look-up or two operations. What that is too much, 16 + zero for each weight, is taken off by the inputs' sums:
+// these are sums in float32 of numbers up to 31 times an input, and products of integers, exact unless inputs of a group
+// are of very different sizes. kHalves: groups of 32, so that each half of a block has a scale of its own. Scales are
+// made floats for 1024 columns at a time, so that one is a broadcast from memory.
 template <int64_t T, bool kHalves>
-inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf16* x, int64_t x_stride,
-                         float (&out)[kTokens][kRows]) {
+inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const Inputs& x, Sums* out, int64_t step) {
     constexpr int64_t kColumns = 1024;
+    const int bits = group_bits(matrix);
+    const int64_t all_groups = groups_of(matrix, matrix.cols);
     Int4Row w[kRows];
-    for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, at[r]);
+    for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, all_groups, at[r]);
     __m512 sums[kRows][T];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
-    // A scale of zero for the half of the last block that may be of no group.
-    alignas(64) float scales[kRows][48] = {};
-    const int64_t groups_of_block = kHalves ? 2 : 1, blocks_of_group = matrix.group / 64;
+    alignas(64) float scales[kRows][kColumns / 32];
+    const __m512i table = _mm512_load_si512(kNumbers.sixteen_and), mantissa = _mm512_set1_epi16(0x0078),
+                  sixteen = _mm512_set1_epi16(0x4180);
     for (int64_t first = 0; first < matrix.cols; first += kColumns) {
         int64_t columns = matrix.cols - first < kColumns ? matrix.cols - first : kColumns;
-        int64_t group = first / matrix.group, groups = (columns + matrix.group - 1) / matrix.group;
-        for (int64_t r = 0; r < kRows; ++r)
-            for (int64_t g = 0; g < groups; g += 16) {
-                __mmask16 mask = groups - g < 16 ? __mmask16((1u << (groups - g)) - 1) : __mmask16(0xffff);
-                __m256i bits = _mm256_maskz_loadu_epi16(mask, w[r].scales + group + g);
-                _mm512_store_ps(scales[r] + g, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
-            }
-        auto block = [&](int64_t number, __mmask32 low_mask, __mmask32 high_mask) __attribute__((always_inline)) {
-            const bf16* input = x + first + number * 64;
-            int64_t low = kHalves ? number * groups_of_block : number / blocks_of_group;
-            int64_t high = kHalves && low + 1 < groups ? low + 1 : low;
+        int64_t group = first >> bits, groups = (columns + matrix.group - 1) >> bits;
+        for (int64_t g = 0; g < groups; g += 16) {
+            __mmask16 mask = groups - g < 16 ? __mmask16((1u << (groups - g)) - 1) : __mmask16(0xffff);
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
-                fetch(w[r].codes + first / 2 + number * 32);
-                __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(
-                    reinterpret_cast<const __m256i*>(w[r].codes + first / 2 + number * 32)));
-                __m512i low_table = _mm512_load_si512(kTables.bf16s[w[r].zero(group + low)]);
-                __m512i high_table = kHalves ? _mm512_load_si512(kTables.bf16s[w[r].zero(group + high)]) : low_table;
-                __m512bh low_weight = (__m512bh)_mm512_permutexvar_epi16(codes, low_table);
-                __m512bh high_weight = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), high_table);
+                __m256i half = _mm256_maskz_loadu_epi16(mask, w[r].scales + group + g);
+                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+                _mm512_store_ps(scales[r] + g, scale);
+                __m512 zero = _mm512_set1_ps(8.0f);
+                if (w[r].zeros)
+                    zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w[r].zeros + group + g)));
+                __m512 offset = _mm512_mul_ps(scale, _mm512_add_ps(zero, _mm512_set1_ps(16.0f)));
+#pragma GCC unroll 8
+                for (int64_t t = 0; t < T; ++t)
+                    sums[r][t] = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(x.sums + t * x.sums_stride + group + g),
+                                                  sums[r][t]);
+            }
+        }
+        auto two_blocks = [&](int64_t number, __mmask8 mask) __attribute__((always_inline)) {
+            const bf16* input = x.x + first + number * kColumns4;
+            auto scale_of = [&](int64_t r, int64_t low, int64_t high) __attribute__((always_inline)) {
+                return _mm512_mask_mov_ps(_mm512_set1_ps(scales[r][low]), 0xff00, _mm512_set1_ps(scales[r][high]));
+            };
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kRows; ++r) {
+                const uint8_t* bytes = w[r].codes + (first + number * kColumns4) / 2;
+                fetch(bytes);
+                __m512i codes = _mm512_maskz_loadu_epi64(mask, bytes);
+                auto code = [&](int right) __attribute__((always_inline)) {
+                    return (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, right), mantissa, sixteen, 0xea);
+                };
+                // The lowest four bits are looked up, by five, instead of shifted.
+                __m512bh weights[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table), code(1), code(5), code(9)};
 #pragma GCC unroll 8
                 for (int64_t t = 0; t < T; ++t) {
-                    __m512 part = _mm512_dpbf16_ps(_mm512_setzero_ps(), low_weight,
-                                                   load_32(input + t * x_stride, low_mask));
+                    __m512bh inputs[4];
+#pragma GCC unroll 8
+                    for (int64_t i = 0; i < 4; ++i) inputs[i] = load_32(input + t * x.stride + 32 * i);
+                    __m512 low = _mm512_dpbf16_ps(_mm512_setzero_ps(), weights[0], inputs[0]);
+                    low = _mm512_dpbf16_ps(low, weights[2], inputs[2]);
+                    __m512 high = _mm512_dpbf16_ps(kHalves ? _mm512_setzero_ps() : low, weights[1], inputs[1]);
+                    high = _mm512_dpbf16_ps(high, weights[3], inputs[3]);
                     if (kHalves) {
-                        sums[r][t] = _mm512_fmadd_ps(part, _mm512_set1_ps(scales[r][low]), sums[r][t]);
-                        part = _mm512_setzero_ps();
+                        sums[r][t] = _mm512_fmadd_ps(low, scale_of(r, 4 * number, 4 * number + 2), sums[r][t]);
+                        sums[r][t] = _mm512_fmadd_ps(high, scale_of(r, 4 * number + 1, 4 * number + 3), sums[r][t]);
+                    } else {
+                        __m512 scale = scale_of(r, number * kColumns4 >> bits, (number * kColumns4 + 64) >> bits);
+                        sums[r][t] = _mm512_fmadd_ps(high, scale, sums[r][t]);
                     }
-                    part = _mm512_dpbf16_ps(part, high_weight, load_32(input + t * x_stride + 32, high_mask));
-                    sums[r][t] = _mm512_fmadd_ps(part, _mm512_set1_ps(scales[r][kHalves ? high : low]), sums[r][t]);
                 }
             }
         };
-        const __mmask32 all = ~__mmask32(0);
-        int64_t whole = columns / 64, left = columns % 64;
-        for (int64_t number = 0; number < whole; ++number) block(number, all, all);
-        if (left)
-            block(whole, left < 32 ? (__mmask32(1) << left) - 1 : all, left > 32 ? (__mmask32(1) << (left - 32)) - 1 : 0);
+        int64_t blocks = (columns + 63) / 64;
+        for (int64_t number = 0; number < blocks / 2; ++number) two_blocks(number, 0xff);
+        if (blocks % 2) two_blocks(blocks / 2, 0x0f);
     }
 #pragma GCC unroll 8
-    for (int64_t t = 0; t < T; ++t) sums_of(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t]);
+    for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
 }
 
-// 32 integers of 8 bits as bfloat16, which holds them exactly.
-inline __m512bh load_32(const int8_t* p) {
-    __m512 low = load(p).v, high = load(p + 16).v;
-    return _mm512_cvtne2ps_pbh(high, low);
+// 64 integers of 8 bits in the order of `arrange_i8`: both bytes of the bfloat16 by the size, then the sign.
+inline void look_up_64(const int8_t* p, __mmask64 mask, __m512bh& first, __m512bh& second) {
+    __m512i codes = _mm512_maskz_loadu_epi8(mask, p), size = _mm512_abs_epi8(codes);
+    auto look_up = [&](const uint8_t* table) __attribute__((always_inline)) {
+        return _mm512_permutex2var_epi8(_mm512_load_si512(table), size, _mm512_load_si512(table + 64));
+    };
+    __m512i low = look_up(kNumbers.low), high = look_up(kNumbers.high);
+    high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);
+    first = (__m512bh)_mm512_unpacklo_epi8(low, high);
+    second = (__m512bh)_mm512_unpackhi_epi8(low, high);
+}
+inline __m512bh convert_32(const int8_t* p, __mmask32 mask) {
+    auto convert = [&](int at) __attribute__((always_inline)) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(__mmask16(mask >> at), p + at)));
+    };
+    return _mm512_cvtne2ps_pbh(convert(16), convert(0));
 }
 
-template <int64_t T>
-inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf16* x, int64_t x_stride,
-                         float (&out)[kTokens][kRows]) {
+// For few tokens integers are looked up, which takes the fewest operations. For more, products fill the pipes that
+// look-ups take, while conversions have pipes of their own, and tables take the registers of sums.
+template <int64_t T, bool kLookedUp>
+inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const Inputs& x, Sums* out, int64_t step) {
     const int8_t* w[kRows];
     for (int64_t r = 0; r < kRows; ++r) w[r] = static_cast<const int8_t*>(matrix.data) + at[r] * matrix.stride;
     __m512 sums[kRows][T];
@@ -433,130 +545,215 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
+    auto columns = [&](int64_t j, __mmask64 mask) __attribute__((always_inline)) {
+        __m512bh weights[2][kRows];
+#pragma GCC unroll 8
+        for (int64_t half = 0; half < 2; ++half) {
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kRows; ++r)
+                if (!kLookedUp)
+                    weights[half][r] = convert_32(w[r] + j + 32 * half, __mmask32(mask >> 32 * half));
+                else if (half == 0)
+                    look_up_64(w[r] + j, mask, weights[0][r], weights[1][r]);
+#pragma GCC unroll 8
+            for (int64_t t = 0; t < T; ++t) {
+                __m512bh input = load_32(x.x + t * x.stride + j + 32 * half);
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[half][r], input);
+            }
+        }
+    };
     int64_t j = 0;
-    for (; j + 32 <= matrix.cols; j += 32) {
-        __m512bh weights[kRows];
+    for (; j + kColumns8 <= matrix.cols; j += kColumns8) {
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < kRows; ++r) {
-            fetch(w[r] + j);
-            weights[r] = load_32(w[r] + j);
-        }
-#pragma GCC unroll 8
-        for (int64_t t = 0; t < T; ++t) {
-            __m512bh input = load_32(x + t * x_stride + j);
-#pragma GCC unroll 8
-            for (int64_t r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[r], input);
-        }
+        for (int64_t r = 0; r < kRows; ++r) fetch(w[r] + j);
+        columns(j, ~__mmask64(0));
     }
-    if (j < matrix.cols) {
-        int64_t left = matrix.cols - j;
-        __mmask32 mask = __mmask32((uint64_t(1) << left) - 1);
-        int8_t padded[kRows][32] = {};
-        for (int64_t r = 0; r < kRows; ++r) std::memcpy(padded[r], w[r] + j, left);
+    if (j < matrix.cols) columns(j, (__mmask64(1) << (matrix.cols - j)) - 1);
 #pragma GCC unroll 8
-        for (int64_t t = 0; t < T; ++t) {
-            __m512bh input = load_32(x + t * x_stride + j, mask);
-#pragma GCC unroll 8
-            for (int64_t r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], load_32(padded[r]), input);
-        }
-    }
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < T; ++t) sums_of(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t]);
+    for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
 }
 #endif
 
 // ---- a product
 
+// Rows [begin, end) as four streams through memory, however short the rows are: the four that are read together are a
+// quarter of the range apart.
+struct Streams {
+    int64_t begin, end, length;
+    Streams(int64_t begin, int64_t end) : begin(begin), end(end), length((end - begin + kRows - 1) / kRows) {}
+    int64_t first(int64_t stream) const { return begin + stream * length; }
+};
+
+// What goes in, as the kernel of these weights takes it: as it is, as floats, or arranged.
+template <class X>
+struct Source {
+    const X* x;
+    int64_t stride;
+    const float* floats = nullptr;
+#if defined(__AVX512BF16__)
+    Inputs arranged = {};
+#endif
+};
+
+// Sums of each stream's rows from `from + begin` to `from + end`, as those steps, for T tokens from `token` on.
 template <class X, int64_t T>
-void some_rows(const Product& p, const int64_t (&at)[kRows], const X* x, float (&out)[kTokens][kRows]) {
+void some_rows(const Matrix& matrix, const Streams& streams, int64_t from, int64_t begin, int64_t end,
+               const Source<X>& source, int64_t token, Sums* sums) {
+    auto each = [&](auto kernel) __attribute__((always_inline)) {
+        for (int64_t step = begin; step < end; ++step) {
+            int64_t at[kRows];
+            for (int64_t r = 0; r < kRows; ++r) {
+                // A row that is not there repeats another one: no second loop for what is left over.
+                int64_t row = streams.first(r) + from + step;
+                at[r] = row < streams.end ? row : streams.end - 1;
+            }
+            kernel(at, step);
+        }
+    };
+    const bool four = matrix.type == Number::i4, eight = matrix.type == Number::i8;
 #if defined(__AVX512BF16__)
     if constexpr (__is_same(X, bf16)) {
-        if (p.weight.type == Number::i8) return rows_i8_bf16<T>(p.weight, at, x, p.x_stride, out);
-        if (p.weight.type == Number::i4 && p.weight.group == 32)
-            return rows_i4_bf16<T, true>(p.weight, at, x, p.x_stride, out);
-        if (p.weight.type == Number::i4) return rows_i4_bf16<T, false>(p.weight, at, x, p.x_stride, out);
-        return rows_bf16<T>(p.weight, at, x, p.x_stride, out);
+        Inputs inputs = source.arranged;
+        inputs.x += token * inputs.stride, inputs.sums += token * inputs.sums_stride;
+        if constexpr (T <= kFew)
+            if (eight && inputs.few)
+                return each([&](auto& at, int64_t step) { rows_i8_bf16<T, true>(matrix, at, inputs, sums, step); });
+        if (eight)
+            return each([&](auto& at, int64_t step) { rows_i8_bf16<T, false>(matrix, at, inputs, sums, step); });
+        if (four && matrix.group == 32)
+            return each([&](auto& at, int64_t step) { rows_i4_bf16<T, true>(matrix, at, inputs, sums, step); });
+        if (four) return each([&](auto& at, int64_t step) { rows_i4_bf16<T, false>(matrix, at, inputs, sums, step); });
+        const bf16* x = source.x + token * source.stride;
+        return each([&](auto& at, int64_t step) { rows_bf16<T>(matrix, at, x, source.stride, sums, step); });
     }
 #endif
-    if (p.weight.type == Number::i8) return rows<int8_t, X, T>(p.weight, at, x, p.x_stride, out);
-    if constexpr (__is_same(X, float))
-        if (p.weight.type == Number::i4) return rows_i4<T>(p.weight, at, x, p.x_stride, out);
-    rows<X, X, T>(p.weight, at, x, p.x_stride, out);
+    if (four || eight) {
+        const float* x = source.floats + token * source.stride;
+        if (four) return each([&](auto& at, int64_t step) { rows_i4<T>(matrix, at, x, source.stride, sums, step); });
+        return each([&](auto& at, int64_t step) {
+            rows<int8_t, float, T>(matrix, at, x, source.stride, sums, step);
+        });
+    }
+    const X* x = source.x + token * source.stride;
+    each([&](auto& at, int64_t step) { rows<X, X, T>(matrix, at, x, source.stride, sums, step); });
 }
 
 template <class X>
-void some_tokens(const Product& p, const int64_t (&at)[kRows], const X* x, int64_t tokens,
-                 float (&out)[kTokens][kRows]) {
+void some_tokens(const Matrix& matrix, const Streams& streams, int64_t from, int64_t begin, int64_t end,
+                 const Source<X>& source, int64_t token, int64_t tokens, Sums* sums) {
     switch (tokens) {
-        case 1: return some_rows<X, 1>(p, at, x, out);
-        case 2: return some_rows<X, 2>(p, at, x, out);
-        case 3: return some_rows<X, 3>(p, at, x, out);
-        case 4: return some_rows<X, 4>(p, at, x, out);
-        case 5: return some_rows<X, 5>(p, at, x, out);
-        default: return some_rows<X, 6>(p, at, x, out);
+        case 1: return some_rows<X, 1>(matrix, streams, from, begin, end, source, token, sums);
+        case 2: return some_rows<X, 2>(matrix, streams, from, begin, end, source, token, sums);
+        case 3: return some_rows<X, 3>(matrix, streams, from, begin, end, source, token, sums);
+        case 4: return some_rows<X, 4>(matrix, streams, from, begin, end, source, token, sums);
+        case 5: return some_rows<X, 5>(matrix, streams, from, begin, end, source, token, sums);
+        default: return some_rows<X, 6>(matrix, streams, from, begin, end, source, token, sums);
     }
+}
+
+// Inputs for integers are made what their kernel takes once, not for every row.
+template <class X>
+Source<X> source_of(const Product& p, int64_t tokens) {
+    const X* x = static_cast<const X*>(p.x);
+    const int64_t cols = p.weight.cols;
+    const bool four = p.weight.type == Number::i4;
+    if (!four && p.weight.type != Number::i8) return {x, p.x_stride};
+#if defined(__AVX512BF16__)
+    if constexpr (__is_same(X, bf16)) {
+        thread_local std::vector<bf16> arranged;
+        thread_local std::vector<float> sums;
+        int64_t unit = four ? kColumns4 : kColumns8, stride = (cols + unit - 1) / unit * unit;
+        int64_t groups = four ? (groups_of(p.weight, cols) + 15) / 16 * 16 : 0;
+        if (int64_t(arranged.size()) < tokens * stride) arranged.resize(tokens * stride);
+        if (int64_t(sums.size()) < tokens * groups) sums.resize(tokens * groups);
+        for (int64_t t = 0; t < tokens; ++t)
+            if (four)
+                arrange_i4(x + t * p.x_stride, cols, p.weight.group, arranged.data() + t * stride,
+                           sums.data() + t * groups);
+            else
+                arrange_i8(x + t * p.x_stride, cols, tokens <= kFew, arranged.data() + t * stride);
+        Source<X> source{x, p.x_stride};
+        source.arranged = {arranged.data(), stride, sums.data(), groups, tokens <= kFew};
+        return source;
+    }
+#endif
+    // Floats; 4-bit ones want zeros behind the last column.
+    if (__is_same(X, float) && !four) return {x, p.x_stride, reinterpret_cast<const float*>(x)};
+    thread_local std::vector<float> floats;
+    int64_t stride = four ? (cols + 63) / 64 * 64 : cols;
+    if (int64_t(floats.size()) < tokens * stride) floats.resize(tokens * stride);
+    for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t j = 0; j < cols; ++j) floats[t * stride + j] = to_float(x[t * p.x_stride + j]);
+        for (int64_t j = cols; j < stride; ++j) floats[t * stride + j] = 0.0f;
+    }
+    return {x, stride, floats.data()};
+}
+
+// One token's outputs of `count` rows from `row` on, of their sums.
+template <class X>
+__attribute__((always_inline)) inline void finish(const Product& p, int64_t token, int64_t row, int64_t count,
+                                                  const float* sums) {
+    float v[kSteps];
+    for (int64_t k = 0; k < count; ++k) v[k] = sums[k];
+    if (p.weight.type == Number::i8)
+        for (int64_t k = 0; k < count; ++k) v[k] *= static_cast<const float*>(p.weight.scales)[row + k];
+    if (p.s)
+        for (int64_t k = 0; k < count; ++k) v[k] *= p.s[row + k];
+    if (p.z) {
+        X* z = static_cast<X*>(p.z) + token * p.z_stride + row;
+        for (int64_t k = 0; k < count; ++k) {
+            from_float(z + k, v[k]);
+            v[k] = to_float(z[k]);  // what is stored twice is one number
+        }
+    }
+    if (!p.y) return;
+    X* y = static_cast<X*>(p.y) + token * p.y_stride;
+    const X* bias = static_cast<const X*>(p.bias);
+    if (p.place) {
+        for (int64_t k = 0; k < count; ++k) {
+            int64_t place = p.place[row + k];
+            from_float(y + place, bias ? v[k] + to_float(bias[place]) : v[k]);
+        }
+        return;
+    }
+    if (bias)
+        for (int64_t k = 0; k < count; ++k) v[k] += to_float(bias[row + k]);
+    for (int64_t k = 0; k < count; ++k) from_float(y + row + k, v[k]);
 }
 
 template <class X>
 void product(const Product& p, int64_t tokens, int64_t begin, int64_t end) {
-    // The four rows that are read together are a quarter of the range apart: each quarter is one stream through memory,
-    // however short its rows are.
-    int64_t quarter = (end - begin + kRows - 1) / kRows;
-    X *y = static_cast<X*>(p.y), *z = static_cast<X*>(p.z);
-    const int64_t y_stride = p.y_stride, z_stride = p.z_stride;
-    // Integers are multiplied as floats, for which two-byte inputs are made floats once, not for every row; and 4-bit
-    // ones want zeros behind the last column. With bfloat16 instructions only one token's inputs for 8 bits are.
-    bool four = p.weight.type == Number::i4, floats = four || (p.weight.type == Number::i8 && !__is_same(X, float));
-#if defined(__AVX512BF16__)
-    if (__is_same(X, bf16)) floats = p.weight.type == Number::i8 && tokens == 1;
-#endif
-    Product wide = p;
-    if (floats) {
-        thread_local std::vector<float> memory;
-        int64_t cols = p.weight.cols, stride = four ? (cols + 63) / 64 * 64 : cols;
-        if (int64_t(memory.size()) < tokens * stride) memory.resize(tokens * stride);
-        for (int64_t t = 0; t < tokens; ++t) {
-            const X* x = static_cast<const X*>(p.x) + t * p.x_stride;
-            for (int64_t j = 0; j < cols; ++j) memory[t * stride + j] = to_float(x[j]);
-            for (int64_t j = cols; j < stride; ++j) memory[t * stride + j] = 0.0f;
-        }
-        wide.x = memory.data(), wide.x_stride = stride;
-    }
-    for (int64_t k = 0; k < quarter; ++k) {
-        int64_t at[kRows], count = 0;
-        for (int64_t r = 0; r < kRows; ++r) {
-            at[r] = begin + r * quarter + k;
-            if (at[r] < end) count = r + 1;
-        }
-        // A row that is not there repeats another one: no second loop for what is left over.
-        for (int64_t r = count; r < kRows; ++r) at[r] = at[count - 1];
-        float factors[kRows], biases[kRows];
-        int64_t places[kRows];
-        for (int64_t r = 0; r < kRows; ++r) {
-            places[r] = p.place ? p.place[at[r]] : at[r];
-            factors[r] = p.s ? p.s[at[r]] : 1.0f;
-            if (p.weight.type == Number::i8) factors[r] *= static_cast<const float*>(p.weight.scales)[at[r]];
-            biases[r] = p.bias ? to_float(static_cast<const X*>(p.bias)[places[r]]) : 0.0f;
-        }
-        for (int64_t token = 0; token < tokens;) {
-            // Equal parts: 8 tokens are 4 and 4.
-            int64_t left = tokens - token, parts = (left + kTokens - 1) / kTokens, T = (left + parts - 1) / parts;
-            float out[kTokens][kRows];
-            if (floats)
-                some_tokens(wide, at, static_cast<const float*>(wide.x) + token * wide.x_stride, T, out);
-            else
-                some_tokens(p, at, static_cast<const X*>(p.x) + token * p.x_stride, T, out);
-            for (int64_t t = 0; t < T; ++t, ++token)
-                for (int64_t r = 0; r < count; ++r) {
-                    float sum = out[t][r] * factors[r];
-                    if (z) {
-                        X value;
-                        from_float(&value, sum);
-                        z[token * z_stride + at[r]] = value;
-                        sum = to_float(value);  // what is stored twice is one number
-                    }
-                    if (y) from_float(y + token * y_stride + places[r], sum + biases[r]);
+    constexpr int64_t kMost = 32;  // tokens for which a weight is read once
+    const Streams streams(begin, end);
+    const Source<X> source = source_of<X>(p, tokens);
+    alignas(64) Sums sums[kMost];
+    for (int64_t first = 0; first < tokens; first += kMost) {
+        const int64_t some = tokens - first < kMost ? tokens - first : kMost, parts = (some + kTokens - 1) / kTokens;
+        // What a part of the tokens has read the next finds in a cache: in the first one, or if not even four rows are
+        // that short, in the second.
+        const int64_t four = kRows * p.weight.stride, room = four <= 16384 ? 16384 : 131072;
+        const int64_t together = parts == 1 ? kSteps : four * kSteps <= room ? kSteps : four < room ? room / four : 1;
+        for (int64_t from = 0; from < streams.length; from += kSteps) {
+            const int64_t steps = streams.length - from < kSteps ? streams.length - from : kSteps;
+            for (int64_t step = 0; step < steps; step += together) {
+                int64_t stop = step + together < steps ? step + together : steps;
+                // Equal parts: 8 tokens are 4 and 4.
+                for (int64_t token = 0, part = parts; part > 0; --part) {
+                    int64_t T = (some - token + part - 1) / part;
+                    some_tokens(p.weight, streams, from, step, stop, source, first + token, T, sums + token);
+                    token += T;
                 }
+            }
+            for (int64_t r = 0; r < kRows; ++r) {
+                int64_t row = streams.first(r) + from, left = end - row, count = left < steps ? left : steps;
+                if (count <= 0) break;
+                for (int64_t t = 0; t < some; ++t)
+                    if (count == kSteps)
+                        finish<X>(p, first + t, row, kSteps, sums[t][r]);
+                    else
+                        finish<X>(p, first + t, row, count, sums[t][r]);
+            }
         }
     }
 }

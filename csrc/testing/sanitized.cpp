@@ -100,7 +100,7 @@ void products(const Decode& kernels, Number activation, Number kind, int64_t row
     if (kind == Number::i8) {
         codes.reset(new uint8_t[rows * cols]);
         for (int64_t i = 0; i < rows * cols; ++i) {
-            codes[i] = uint8_t(random_numbers());
+            codes[i] = uint8_t(int(random_numbers() % 255) - 127);
             weight[i] = double(int8_t(codes[i])) * floats[i / cols];
         }
         p.weight.data = codes.get(), p.weight.stride = cols, p.weight.scales = floats.get();

@@ -14,7 +14,7 @@ enum class Number { f32, bf16, f16, i8, i4 };
 
 // [rows, cols], a row contiguous.
 //
-// i8: int8; `scales` float32 [rows]; a weight is `q · scale`.
+// i8: int8 from -127 to 127; `scales` float32 [rows]; a weight is `q · scale`.
 // i4: two to a byte, a row in blocks of 64 columns: byte j of a block has column j in its low and j + 32 in its high
 // half; the last block is whole. `scales` bfloat16 [rows, ceil(cols / group)], `zeros` uint8 like them, or null for 8; a
 // weight is `(q - zero) · scale`. group: 32, 64 or 128.
