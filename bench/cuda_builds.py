@@ -151,7 +151,7 @@ def schedules(compiler: str = "c++") -> list[dict]:
         lines.append(" ".join(map(str, [*numbers, *(number for layer in one["layers"] for number in layer)])))
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/schedule"
-        sources = ["-x", "c++", str(ROOT / "csrc/cuda/decode.cu"), str(ROOT / "csrc/testing/cuda_schedule.cpp")]
+        sources = ["-x", "c++", str(ROOT / "csrc/testing/cuda_schedule.cpp")]
         flags = ["-std=c++17", "-O0", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc/include'}"]
         subprocess.run([compiler, *flags, *sources, "-o", program], check=True)
         answers = subprocess.run([program], input="\n".join(lines), capture_output=True, text=True, check=True).stdout
@@ -161,7 +161,8 @@ def schedules(compiler: str = "c++") -> list[dict]:
         if not answer[0].isdigit():
             raise RuntimeError(f"{one}: {answer}")
         row = {key: one[key] for key in ("device", "group", "form", "weights", "tokens")}
-        row |= dict(zip(names, map(int, answer.split())))
+        *numbers, uneven = answer.split()
+        row |= dict(zip(names, map(int, numbers), strict=True)) | {"uneven": float(uneven)}
         device = DEVICES[one["device"]]
         resident = min(THREADS // BLOCK, SHARED[device.name] // (row["shared"] + RESERVED))
         row["warps"] = resident * BLOCK // 32

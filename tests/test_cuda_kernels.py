@@ -23,10 +23,17 @@ def test_every_form_and_number_against_float64_and_bytes_against_their_floor(tmp
     done = subprocess.run([program], capture_output=True, text=True, timeout=600)
     print(done.stdout)
     assert done.returncode == 0 and done.stdout.endswith("\n0 mistakes\n"), done.stdout[-2000:] + done.stderr[-4000:]
-    counted = re.findall(r"bytes: (\d+) weights, (\d+) read, (\d+) others", done.stdout)
-    assert len(counted) == 6
-    for weights, read, _ in counted:
-        assert int(weights) <= int(read) <= 1.02 * int(weights)
+    pattern = r"bytes: (\d+) weights, (\d+) read, \d+ others; (\d+) of first factors, (\d+) before a barrier; (\d) stages"
+    counted = [tuple(map(int, numbers)) for numbers in re.findall(pattern, done.stdout)]
+    # Six groups of layers in bfloat16, int8 and int4 at 1 and 16 tokens, five in float16; and three of a large rank.
+    assert len(counted) == 6 * 3 * 2 + 5 + 3
+    for weights, read, first, early, stages in counted:
+        assert weights <= read <= 1.02 * weights
+        # The second factor is on its way before the first barrier: as much as there is memory for, here all of it.
+        assert early > first or stages > 3
+    assert [stages for *_, stages in counted[-3:]] == [3, 2, 2]
+    weights, _, _, early, _ = counted[-1]
+    assert early == weights
 
 
 # Lines of the kernel without which it is wrong, what is put in their place, and what has to be told then.
@@ -35,6 +42,12 @@ BUGS = {
         "__syncwarp();  // all lanes have read the slot",
         "",
         RACE,
+    ),
+    "a slot is filled with no proxy fence": ("fence_async();\n                        __syncwarp()", "__syncwarp()", "proxy fence"),
+    "mbarriers are made with no proxy fence": (
+        "fence_async();\n    __syncwarp();\n    let_next_launch();",
+        "__syncwarp();",
+        "proxy fence",
     ),
     "weights are not waited for": ("if (round == 0) barrier_wait(full, parity);", "", "was not waited for"),
     "blocks do not wait for each other": ("if (stage > job.begin) sync_grid();", "", RACE),
