@@ -23,7 +23,9 @@ def test_every_form_and_number_against_float64_and_bytes_against_their_floor(tmp
     done = subprocess.run([program], capture_output=True, text=True, timeout=600)
     print(done.stdout)
     assert done.returncode == 0 and done.stdout.endswith("\n0 mistakes\n"), done.stdout[-2000:] + done.stderr[-4000:]
-    pattern = r"bytes: (\d+) weights, (\d+) read, \d+ others; (\d+) of first factors, (\d+) before a barrier; (\d) stages"
+    pattern = (
+        r"bytes: (\d+) weights, (\d+) read, \d+ others; (\d+) of first factors, (\d+) before a barrier; (\d) stages"
+    )
     counted = [tuple(map(int, numbers)) for numbers in re.findall(pattern, done.stdout)]
     # Six groups of layers in bfloat16, int8 and int4 at 1 and 16 tokens, five in float16; and three of a large rank.
     assert len(counted) == 6 * 3 * 2 + 5 + 3
@@ -43,7 +45,11 @@ BUGS = {
         "",
         RACE,
     ),
-    "a slot is filled with no proxy fence": ("fence_async();\n                        __syncwarp()", "__syncwarp()", "proxy fence"),
+    "a slot is filled with no proxy fence": (
+        "fence_async();\n                        __syncwarp()",
+        "__syncwarp()",
+        "proxy fence",
+    ),
     "mbarriers are made with no proxy fence": (
         "fence_async();\n    __syncwarp();\n    let_next_launch();",
         "__syncwarp();",

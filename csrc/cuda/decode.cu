@@ -212,8 +212,8 @@ __device__ __forceinline__ void fill(const Job& job, const Walk& walk, unsigned 
     const unsigned char* from = p.weight + walk.row * p.stride + offset;
     if (p.step < 16) return fill_unaligned(p, slot, from, rows, bytes, full, lane);
     if (kBulk && job.bulk) {
-        // One lane for all: a warp's lanes would have their bulk copies one after the other, and slowly.
-        if (lane == 0) {
+        // One lane for all: of several lanes the machine makes a loop around every copy.
+        if (elected()) {
             barrier_arrive(full, 31);
             barrier_arrive_expecting(full, rows * bytes);
 #pragma unroll 4

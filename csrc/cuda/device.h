@@ -160,6 +160,15 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, uint32_t 
                      "n"(kBytes)
                      : "memory");
 }
+// True of one lane of a warp that is here as a whole, and known to the compiler to be: what bulk copies take is then in
+// the registers that all lanes share, without a loop that looks for lanes.
+__device__ __forceinline__ bool elected() {
+    uint32_t is = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(is));
+#endif
+    return is;
+}
 // A multiple of 16 bytes, which is what both addresses are multiples of too.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* at) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

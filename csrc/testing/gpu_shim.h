@@ -720,6 +720,11 @@ void copy_async(void* to, const void* from, uint32_t size) {
 
 inline bool kBulk = true;  // or as on a GPU before sm_90
 
+inline bool elected() {
+    shim::meet_warp(6, "an election", false, [](shim::Warp&) {});
+    return shim::current->index % shim::kLanes == 0;
+}
+
 // cp.async.bulk from global to shared memory.
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* at) {
     if (bytes % 16) return shim::report("a bulk copy of %u bytes, which is no multiple of 16", bytes);
