@@ -9,17 +9,17 @@ from test_gpu_shim import COMPILER, FLAGS, RACE, ROOT, SANITIZED, pytestmark  # 
 KERNELS, PROGRAM = ROOT / "csrc/cuda/decode.cu", ROOT / "csrc/testing/cuda_decode.cpp"
 
 
-def compiled(target, kernels, *flags):
+def compiled(target, *sources_and_flags):
     # g++ knows no `#pragma unroll`.
-    command = [COMPILER, *FLAGS, "-Wno-unknown-pragmas", *flags, f"-I{ROOT / 'csrc/cuda'}", "-x", "c++"]
-    subprocess.run([*command, str(kernels), str(PROGRAM), "-o", str(target)], check=True)
+    command = [COMPILER, *FLAGS, "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc/cuda'}"]
+    subprocess.run([*command, *sources_and_flags, "-o", str(target)], check=True)
     return str(target)
 
 
 def test_every_form_and_number_against_float64_and_bytes_against_their_floor(tmp_path):
     """Both dtypes, all forms, siblings, SwiGLU, MLPs, int8 and int4, odd sizes, 1 to 16 tokens; each in one launch and
     in several, with other splits and slots, by both kinds of copies, threads in either order; a workspace of NaN."""
-    program = compiled(tmp_path / "cuda_decode", KERNELS, *SANITIZED)
+    program = compiled(tmp_path / "cuda_decode", *SANITIZED, "-x", "c++", KERNELS, PROGRAM)
     done = subprocess.run([program], capture_output=True, text=True, timeout=600)
     print(done.stdout)
     assert done.returncode == 0 and done.stdout.endswith("\n0 mistakes\n"), done.stdout[-2000:] + done.stderr[-4000:]
@@ -63,13 +63,19 @@ BUGS = {
 }
 
 
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """What runs the kernels, without them."""
+    return compiled(tmp_path_factory.mktemp("cases") / "cases.o", "-O0", "-c", PROGRAM)
+
+
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_bug_in_the_kernel_is_caught(bug, tmp_path):
+def test_a_bug_in_the_kernel_is_caught(bug, cases, tmp_path):
     line, instead, told = BUGS[bug]
     source = KERNELS.read_text()
     assert source.count(line) == 1, line
     mutant = tmp_path / "decode.cu"
     mutant.write_text(source.replace(line, instead))
-    program = compiled(tmp_path / "mutant", mutant, "-O0", "-Wno-error")
+    program = compiled(tmp_path / "mutant", "-O0", "-Wno-error", cases, "-x", "c++", mutant)
     done = subprocess.run([program, "quick"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and told in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
