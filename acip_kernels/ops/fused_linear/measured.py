@@ -54,13 +54,15 @@ def problem_of(tokens: int, tensors: list[Tensor], spec, mode: int, itemsize: in
 
 
 def forward(x: Tensor, tensors: list[Tensor], spec: list[int], mode: int) -> Tensor:
-    """`fused_linear` on a GPU: by the CUDA C++ kernels where they were measured to be faster, else as `prefill` does."""
+    """`fused_linear` on a GPU: by the CUDA C++ kernels where they were measured to be faster, else by `prefill`."""
+    from . import prefill  # which is made of what `op` has, and needs Triton
+
     found = table(x.device)
     if found is not None and found.cuda and cuda.takes(x):
         problem = Problem(*problem_of(x.numel() // max(x.shape[-1], 1), tensors, spec, mode, x.element_size()))
         if (config := found.cuda_config(problem)) is not None:
             return cuda.forward(x, tensors, spec, mode, **config._asdict())
-    return op.prefill.forward(x, tensors, spec, mode)
+    return prefill.forward(x, tensors, spec, mode)
 
 
 # ---- the file

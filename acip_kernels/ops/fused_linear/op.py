@@ -83,7 +83,7 @@ def _flops(x_shape, tensor_shapes, spec, mode, *_, out_shape=None, **__) -> int:
 
 
 try:
-    from . import prefill, triton
+    from . import triton
 except ImportError:  # a machine without Triton
     triton = None
 
