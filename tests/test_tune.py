@@ -103,14 +103,14 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.seen, self.measured = [], []
-        original = triton.launch
+        original = triton._launch
 
         def launch(kernel, grid, *arguments, **options):
             if "ROWS" in options:  # there is nothing to choose for the SwiGLU of what lies apart
                 self.seen.append((options["ROWS"], options["K"], options["num_warps"], grid))
             original(kernel, grid, *arguments, **options)
 
-        monkeypatch.setattr(triton, "launch", launch)
+        monkeypatch.setattr(triton, "_launch", launch)
 
     @staticmethod
     def cost(launch) -> float:
@@ -222,8 +222,8 @@ class CudaKernels:
         return measure
 
     def count(self, monkeypatch):
-        self.launched, original = [], triton.launch
-        monkeypatch.setattr(triton, "launch", lambda *a, **o: (self.launched.append(0), original(*a, **o))[1])
+        self.launched, original = [], triton._launch
+        monkeypatch.setattr(triton, "_launch", lambda *a, **o: (self.launched.append(0), original(*a, **o))[1])
         return self
 
 
