@@ -29,7 +29,7 @@ if X86:
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
 KERNELS = ("training", "decode")
 # Machine code for Ampere (which Ada runs too) and Hopper; what is newer compiles its own of PTX.
-CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=[sm_90,compute_90]"]
+CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-warn-lmem-usage"]
 NVCC_FLAGS += ["-Xcompiler", "-Wall,-Wextra,-fPIC,-fvisibility=hidden", f"-I{ROOT / 'csrc/include'}"]
 # No errno and no traps, but IEEE arithmetic otherwise: sums keep their order and NaN stays NaN.

@@ -831,9 +831,9 @@ def tune(
     """Measure how the GPU's kernels run best for a model's layers, and whether they beat torch's products.
 
     What is found is kept for this GPU, its driver and the versions of torch, triton and this package, and every model
-    follows it from then on: up to 16 tokens, layers are computed by the Triton kernels where they were measured to be
-    faster, and by torch's products everywhere else. Results change by rounding alone. A run that is interrupted goes on
-    where it was.
+    follows it from then on: up to 16 tokens, layers are computed by the Triton kernels, or by the CUDA C++ ones where
+    they are built, wherever the faster of them was measured to beat torch's products. Results change by rounding alone.
+    A run that is interrupted goes on where it was.
 
     Example: `acip tune smol-60`
 

@@ -473,6 +473,14 @@ class Times(NamedTuple):
         return self.graph < self.graph_torch if graph else self.eager < self.eager_torch
 
 
+class CudaConfig(NamedTuple):
+    """How `ops.fused_linear.cuda` computes a problem, see its `forward`."""
+
+    launch: str = "automatic"
+    splits: int = 0
+    bulk: bool = True
+
+
 def stands_for(measured: int, tokens: int) -> bool:
     """Whether what was measured at `measured` tokens is taken for `tokens`, if nothing nearer was measured.
 
@@ -485,14 +493,16 @@ def stands_for(measured: int, tokens: int) -> bool:
 class Table:
     """What `acip tune` has measured on one GPU.
 
-    source: where it comes from, for messages. Raises `ValueError`, which names it, for a config that is not legal on
-    `device` (see `why_not`).
+    source: where it comes from, for messages. cuda: of the problems of which `times` are those of the CUDA C++ kernels,
+    how these compute them; Triton's have the others. Raises `ValueError`, which names the source, for a config that is
+    not legal on `device` (see `why_not`).
     """
 
     device: Device
     source: str
     configs: Mapping[Launch, DecodeConfig]
     times: Mapping[Problem, Times]
+    cuda: Mapping[Problem, CudaConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         for launch, config in self.configs.items():
@@ -511,6 +521,11 @@ class Table:
     def config(self, launch: Launch) -> DecodeConfig | None:
         return self._nearest(self.configs, launch)
 
+    def cuda_config(self, problem: Problem) -> CudaConfig | None:
+        """How the CUDA C++ kernels are to compute `problem`; None if Triton's are."""
+        count = self._nearest_count(self.times, problem)
+        return None if count is None else self.cuda.get(problem._replace(tokens=count))
+
     def is_faster(self, problem: Problem, graph: bool) -> bool:
         """Whether our kernels were measured to be faster than torch's products, in a CUDA graph or from Python."""
         times = self._nearest(self.times, problem)
@@ -528,10 +543,12 @@ class Table:
         return any_pays(False), any_pays(True)
 
     def _nearest(self, held: Mapping, key):
-        for count in self.tokens:
-            if stands_for(count, key.tokens) and (found := held.get(key._replace(tokens=count))) is not None:
-                return found
-        return None
+        count = self._nearest_count(held, key)
+        return None if count is None else held[key._replace(tokens=count)]
+
+    def _nearest_count(self, held: Mapping, key) -> int | None:
+        counts = (n for n in self.tokens if stands_for(n, key.tokens) and key._replace(tokens=n) in held)
+        return next(counts, None)
 
 
 def explain_decode(device: Device, tokens: int, weights, *, split: bool = False, itemsize: int = 2) -> str:

@@ -133,7 +133,7 @@ struct Reader {
 };
 
 Tensor fused_linear(const Tensor& x, const std::vector<Tensor>& tensors, const std::vector<int64_t>& spec, int64_t mode,
-                    int64_t launch, int64_t splits, int64_t slots) {
+                    int64_t launch, int64_t splits, int64_t slots, bool bulk) {
     STD_TORCH_CHECK(here(x) && x.dim() == 2 && (x.size(1) <= 1 || x.stride(1) == 1),
                     "acip_cuda: x must be a matrix with contiguous rows on the device of the kernels");
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
@@ -166,7 +166,8 @@ Tensor fused_linear(const Tensor& x, const std::vector<Tensor>& tensors, const s
     problem.mode = acip::cuda::Mode(mode), problem.layers = layers.data(), problem.count = int(layers.size());
     problem.tokens = x.size(0), problem.x = x.const_data_ptr();
     problem.x_stride = x.size(0) > 1 ? x.stride(0) : x.size(1), problem.y_stride = width;
-    acip::cuda::Choices choices{acip::cuda::Launch(launch), int(splits), int(slots)};
+    acip::cuda::Choices choices{acip::cuda::Launch(launch), int(splits), int(slots),
+                                bulk ? acip::cuda::Copies::bulk : acip::cuda::Copies::threads};
     const acip::cuda::Device device = device_of(index);
     acip::cuda::Schedule plan{};
     check(acip::cuda::schedule(problem, device, choices, &plan));
@@ -190,8 +191,8 @@ Tensor fused_linear(const Tensor& x, const std::vector<Tensor>& tensors, const s
 
 STABLE_TORCH_LIBRARY(ACIP_NAMESPACE, m) {
     m.def(
-        "fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode, int launch=0, int splits=0, int slots=0) -> "
-        "Tensor");
+        "fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode, int launch=0, int splits=0, int slots=0, "
+        "bool bulk=True) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ACIP_NAMESPACE, ACIP_DEVICE, m) { m.impl("fused_linear", TORCH_BOX(&fused_linear)); }

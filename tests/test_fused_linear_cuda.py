@@ -121,11 +121,41 @@ def test_choices_change_no_more_than_rounding_and_reruns_nothing(fused, tokens):
     want, limits = exact(x, layers), bounds(layers, x, dtype)
     for splits in (0, 1, 2, 3, 5, 100):
         first = None
-        for slots, launch in ((0, "automatic"), (2, "cooperative"), (3, "dependent")):
-            y = fused(x, layers, splits=splits, slots=slots, launch=launch)
-            assert_within(limits, y, want, f"{splits} splits, {slots} slots, {launch}")
+        for slots, launch, bulk in ((0, "automatic", True), (2, "cooperative", False), (3, "dependent", True)):
+            y = fused(x, layers, splits=splits, slots=slots, launch=launch, bulk=bulk)
+            assert_within(limits, y, want, f"{splits} splits, {slots} slots, {launch}, bulk {bulk}")
             first = y if first is None else first
             assert torch.equal(y, first)
+
+
+def test_ranks_that_a_block_has_no_memory_for(fused):
+    """More stages, and the same: what lies between the products then is read from memory."""
+    dtype = torch.bfloat16
+    layers = [Layer(op.FACTORS, 33, 20, 5000, dtype, seed=1, s=True), Layer(op.FACTORS, 33, 24, 16, dtype, seed=2)]
+    layers.append(Layer(op.PIVOTED, 33, 5016, 5000, dtype, seed=3))
+    x = inputs(dtype, 16, 33)
+    for some in (layers[:2], layers[2:]):
+        y = fused(x, some)
+        assert_within(bounds(some, x, dtype), y, exact(x, some))
+        assert torch.equal(y, fused(x, some, launch="dependent"))
+        assert torch.equal(y[:3], torch.cat([fused(x[:3], [layer], splits=1) for layer in some], -1))
+
+
+def test_a_graph_replays_a_call(fused):
+    if fused.device == "cpu":
+        pytest.skip("needs a GPU")
+    layer, x = Layer(op.FACTORS, 300, 70, 90, torch.bfloat16), inputs(torch.bfloat16, 2, 300).to(fused.device)
+    tensors, spec = arguments([layer])
+    tensors = [tensor.to(fused.device) for tensor in tensors]
+    for launch in cuda.LAUNCHES:
+        want = cuda.forward(x, tensors, spec, op.CONCATENATE, launch=launch)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = cuda.forward(x, tensors, spec, op.CONCATENATE, launch=launch)
+        for _ in range(2):
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, want)
 
 
 def test_inputs_of_other_layouts_and_none(fused):

@@ -29,6 +29,8 @@ FAULTS = {
     "async copy over what is read": RACE,
     "bulk copy not awaited": "is on its way and was not waited for",
     "async copy not awaited": "is on its way and was not waited for",
+    "mbarriers made with no proxy fence": "no proxy fence",
+    "bulk copy over what is read, with no proxy fence": "no proxy fence",
     "too few bytes expected": "more bytes came than were expected",
     "too many bytes expected": "waits for ever",
     "grid barrier in an ordinary launch": "not launched for one",

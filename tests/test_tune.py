@@ -20,9 +20,10 @@ from acip_kernels import LowRankLinear, PivotLinear, cli, fuse, materialize
 from acip_kernels.models import tune as tuning
 from acip_kernels.nn import fused
 from acip_kernels.nn.quantized_linear import QuantizedLinear
-from acip_kernels.ops.fused_linear import measured, op, triton, tune
+from acip_kernels.ops.fused_linear import cuda, measured, op, reference, triton, tune
 from acip_kernels.plan import (
     DEVICES,
+    CudaConfig,
     DecodeConfig,
     Launch,
     Problem,
@@ -102,14 +103,14 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.seen, self.measured = [], []
-        original = triton.launch
+        original = triton._launch
 
         def launch(kernel, grid, *arguments, **options):
             if "ROWS" in options:  # there is nothing to choose for the SwiGLU of what lies apart
                 self.seen.append((options["ROWS"], options["K"], options["num_warps"], grid))
             original(kernel, grid, *arguments, **options)
 
-        monkeypatch.setattr(triton, "launch", launch)
+        monkeypatch.setattr(triton, "_launch", launch)
 
     @staticmethod
     def cost(launch) -> float:
@@ -187,6 +188,83 @@ def test_a_launch_is_tuned_once_and_what_was_found_before_is_kept(monkeypatch):
     assert third.configs == known and len(clock.measured) == 5
     with pytest.raises(ValueError, match="candidates must be at least 1"):
         list(tune.tune([case], clock, H100, candidates=0))
+
+
+class CudaKernels:
+    """CUDA C++ kernels that are the reference, on this CPU, for what `takes`; their configs are noted."""
+
+    def __init__(self, monkeypatch, takes=lambda x, tensors, spec, mode: True):
+        self.calls = []
+
+        def forward(x, tensors, spec, mode, **config):
+            if not takes(x, tensors, spec, mode):
+                raise RuntimeError("acip_cuda: not these")
+            self.calls.append(CudaConfig(**config))
+            return reference.forward(x, tensors, spec, mode)
+
+        monkeypatch.setattr(cuda, "forward", forward)
+        monkeypatch.setattr(cuda, "takes", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+        monkeypatch.setattr(cuda, "missing", None)
+
+    def measure(self, cost):
+        """Made-up times in a graph: by `cost`, 3 of Triton's, 4 of torch's products; half of that from Python."""
+
+        def measure(variants, graph):
+            seconds = []
+            for calls in variants:
+                self.calls.clear()
+                before = len(self.launched)
+                calls[0]()
+                ours = 3.0 if len(self.launched) > before else 4.0
+                seconds.append((cost(self.calls[-1]) if self.calls else ours) / (1 if graph else 2))
+            return seconds
+
+        return measure
+
+    def count(self, monkeypatch):
+        self.launched, original = [], triton._launch
+        monkeypatch.setattr(triton, "_launch", lambda *a, **o: (self.launched.append(0), original(*a, **o))[1])
+        return self
+
+
+def test_the_cuda_kernels_are_taken_where_they_are_the_fastest(monkeypatch):
+    best = CudaConfig("dependent", 3, False)
+
+    def cost(config):
+        # The launch and the copies are found first, then splits.
+        return 2.0 - (config.launch == best.launch) * 0.3 - (config.bulk == best.bulk) * 0.3 - (config == best) * 0.2
+
+    kernels = CudaKernels(monkeypatch).count(monkeypatch)
+    case = case_of([Layer(op.FACTORS, 64, 40, 16, torch.bfloat16)], inputs(torch.bfloat16, 2, 64))
+    (found,) = tune.tune([case], kernels.measure(cost), H100, candidates=2)
+    assert found.cuda == best and found.times == pytest.approx(Times(1.2, 4.0, 0.6, 2.0)) and found.predicted == 3.0
+    # Slower than Triton's they are not taken, nor of numbers that they do not have, nor what they refuse.
+    (found,) = tune.tune([case], kernels.measure(lambda config: 3.5), H100, candidates=2)
+    assert found.cuda is None and found.times == Times(3.0, 4.0, 1.5, 2.0)
+    single = case_of([Layer(op.FACTORS, 64, 40, 16, torch.float32)], inputs(torch.float32, 2, 64))
+    refusing = CudaKernels(monkeypatch, lambda *problem: False).count(monkeypatch)
+    for one, of in ((single, kernels), (case, refusing)):
+        (found,) = tune.tune([one], of.measure(lambda config: 1.0), H100, candidates=2)
+        assert found.cuda is None and found.times.graph == 3.0
+
+
+def test_a_gpu_follows_the_table_to_the_cuda_kernels(monkeypatch):
+    kernels = CudaKernels(monkeypatch).count(monkeypatch)
+    layer, x = Layer(op.FACTORS, 64, 40, 16, torch.bfloat16), inputs(torch.bfloat16, 3, 64)
+    tensors, spec = arguments([layer])
+    problem = Problem(*measured.problem_of(16, tensors, spec, op.CONCATENATE, 2))
+    config = CudaConfig("cooperative", 2, False)
+    of_one = problem._replace(tokens=1)
+    held = dataclasses.replace(table(times={problem: OURS, of_one: OURS}), cuda={problem: config})
+    monkeypatch.setattr(measured, "table", lambda device: held)
+    y = measured.forward(x, tensors, spec, op.CONCATENATE)
+    assert kernels.calls == [config] and not kernels.launched
+    assert_within(bound(layer, x, torch.bfloat16, ROUNDINGS), y, exact(x, [layer]))
+    # One token was measured too, and there Triton's were faster; and what was not measured is Triton's.
+    measured.forward(x[:1], tensors, spec, op.CONCATENATE)
+    held = table()
+    measured.forward(x, tensors, spec, op.CONCATENATE)
+    assert len(kernels.calls) == 1 and len(kernels.launched) == 4
 
 
 def test_real_times_are_medians_of_one_call(monkeypatch):
@@ -274,6 +352,24 @@ def test_what_is_stored_is_read_again_by_the_same_versions_alone(machine, tmp_pa
         other.unlink()
         machine[key] = ABOUT[key]
     assert measured.load(GPU) is not None
+
+
+def test_what_was_measured_of_the_cuda_kernels_is_kept_while_they_are_there(machine, monkeypatch):
+    problem = Problem(1, 0, (1, 0, 0, 4096, 0, 0, 1024, 0), (1024, 4096))
+    other, config = problem._replace(tokens=16), CudaConfig("dependent", 4, False)
+    found = dataclasses.replace(table(times={problem: OURS, other: OURS}), cuda={problem: config})
+    measured.store(GPU, found)
+    monkeypatch.setattr(cuda, "missing", None)
+    assert (measured.load(GPU).cuda, set(measured.load(GPU).times)) == ({problem: config}, {problem, other})
+    monkeypatch.setattr(cuda, "missing", "not built")
+    assert (measured.load(GPU).cuda, set(measured.load(GPU).times)) == ({}, {other})
+    path = measured.path_of(machine)
+    for change in ({"launch": "fast"}, {"splits": -1}, {"bulk": 1}, {"slots": 3}):
+        fields = {"measured_on": machine} | measured.to_json(found)
+        fields["problems"][0]["cuda"] |= change
+        path.write_text(json.dumps(fields))
+        with pytest.raises(ValueError, match="`acip tune` measures anew"):
+            measured.load(GPU)
 
 
 def damaged(change):

@@ -1,4 +1,4 @@
-"""`tune(model)`: measure, for the layers of a model on a GPU, how the Triton kernels run best and where they pay."""
+"""`tune(model)`: measure, for the layers of a model on a GPU, which of our kernels are best, and where they pay."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def tune(
     """Measure the layers of a deployed `model` on its GPU, and keep what is found for every model on this GPU.
 
     Fuses the model (see `acip_kernels.fuse`). For each different problem of it, the config of every launch is chosen
-    among `candidates` (see `ops.fused_linear.tune`), and the result is timed against torch's products. Every problem is
+    among `candidates` (see `ops.fused_linear.tune`), and the result, or the CUDA C++ kernels where they are built and
+    faster, is timed against torch's products. Every problem is
     written to the GPU's table as soon as it is measured; what the table holds already is measured again only with
     `again`, so that an interrupted run goes on.
 
@@ -72,8 +73,9 @@ def tune(
 
     Returns:
         A row for each problem: `name` of its first layer, `layers` that are such a problem, `tokens`, and seconds of
-        one call: `predicted` (with the configs that `plan` predicts to be fastest; None if it was known before),
-        `graph` and `graph_torch` (ours with the measured configs, and torch's products, as CUDA graphs), `eager` and
+        one call: `predicted` (Triton's kernels with the configs that `plan` predicts to be fastest; None if it was
+        known before), `kernels` (the faster ones: "Triton", or how the CUDA C++ ones are launched),
+        `graph` and `graph_torch` (these with the measured configs, and torch's products, as CUDA graphs), `eager` and
         `eager_torch` (called from Python).
 
     Raises:
@@ -98,7 +100,7 @@ def _tune(model, device, tokens, candidates, again, progress, measure=None, byte
     empty = Table(known, str(measured.path_of(measured.identity(device))), {}, {})
     held = held or empty
     todo = [case for case in found if again or case.problem not in held.times]
-    configs, times = dict(held.configs), dict(held.times)
+    configs, times, cuda = dict(held.configs), dict(held.times), dict(held.cuda)
     rows, done = {}, len(found) - len(todo)
     progress(done, len(found))
     if bytes_read is None:
@@ -113,7 +115,10 @@ def _tune(model, device, tokens, candidates, again, progress, measure=None, byte
     ):
         configs |= tuned.configs
         times[tuned.case.problem] = tuned.times
-        measured.store(device, dataclasses.replace(empty, configs=dict(configs), times=dict(times)))
+        cuda.pop(tuned.case.problem, None)
+        if tuned.cuda is not None:
+            cuda[tuned.case.problem] = tuned.cuda
+        measured.store(device, dataclasses.replace(empty, configs=dict(configs), times=dict(times), cuda=dict(cuda)))
         rows[tuned.case.problem] = tuned.predicted
         done += 1
         progress(done, len(found))
@@ -123,6 +128,7 @@ def _tune(model, device, tokens, candidates, again, progress, measure=None, byte
             "layers": len(case.copies),
             "tokens": len(case.x),
             "predicted": rows.get(case.problem),
+            "kernels": f"CUDA, {cuda[case.problem].launch}" if case.problem in cuda else "Triton",
             **times[case.problem]._asdict(),
         }
         for case in found
@@ -133,7 +139,9 @@ def rich_table(rows: list[dict]):
     """Rows of `tune` for a terminal: microseconds of one call in a CUDA graph, and how many times torch's products."""
     from rich.table import Table as RichTable
 
-    table = RichTable(caption="µs of a call in a CUDA graph; times torch's products, in a graph and from Python")
+    table = RichTable(
+        caption="µs of a call in a CUDA graph, by Triton's or the CUDA C++ kernels; times torch's products"
+    )
     for head in ("first layer", "layers", "tokens", "predicted", "measured", "× graph", "× Python"):
         table.add_column(head, justify="left" if head == "first layer" else "right", no_wrap=head != "first layer")
     for row in rows:
@@ -142,7 +150,7 @@ def rich_table(rows: list[dict]):
             str(row["layers"]),
             str(row["tokens"]),
             "known" if row["predicted"] is None else f"{row['predicted'] * 1e6:.1f}",
-            f"{row['graph'] * 1e6:.1f}",
+            f"{row['graph'] * 1e6:.1f}" + (" CUDA" if row["kernels"] != "Triton" else ""),
             *(_ratio(row[f"{way}_torch"] / row[way]) for way in ("graph", "eager")),
         )
     return table

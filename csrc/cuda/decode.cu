@@ -34,7 +34,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kRows = 16;
 constexpr int kMostSlots = 16;
 constexpr int kMostSplits = 16;
-constexpr int kMostStages = 5;
+constexpr int kMostStages = 7;
 constexpr int kMostProducts = 4 * kMostSiblings;
 // Bytes from one row of a slot to the next: rows that lanes read together are in different banks.
 constexpr int kPitch = 256 + 64, kPitchOf4 = 128 + 32;
@@ -42,7 +42,7 @@ constexpr int kPitch = 256 + 64, kPitchOf4 = 128 + 32;
 constexpr int kSumPitch = kRows + 4;
 
 // Where an output's value comes from, if not from weights: sums of splits; or a gate's and an up-projection's outputs.
-enum class From : int { weights, pivots, gate_and_up };
+enum class From : int { weights, sums, gate_and_up };
 // Where it goes: to the sums of a split; to y; or it is multiplied with silu of the gate, which is in its place in y.
 enum class To : int { partial, y, multiply };
 
@@ -89,10 +89,12 @@ struct Stage {
 struct Job {
     int begin, end;  // stages of this launch
     int tokens;
+    bool bulk;  // where there are bulk copies: whether they bring what they can
     int slots, slot_bytes, input_bytes;  // of a warp
     Stage stages[kMostStages];
     Product products[kMostProducts];
 };
+static_assert(sizeof(Job) <= 4096, "what a launch passes, on every GPU and driver");
 
 // ---- what a block has to do
 
@@ -183,8 +185,8 @@ __device__ __forceinline__ void copy_slowly(const Product& p, unsigned char* slo
 
 __device__ __forceinline__ int pitch_of(const Product& p) { return p.type == Number::i4 ? kPitchOf4 : kPitch; }
 
-// Starts what brings a chunk of weights to a slot; whoever copies how, every lane arrives once at `full`. Behind the
-// end of a row there are zeros up to a multiple of 16 bytes. Here of rows that are not aligned to 16 bytes.
+// Starts what brings a chunk of weights to a slot; whoever copies how, there are 32 arrivals at `full`. Behind the end
+// of a row there are zeros up to a multiple of 16 bytes. Here of rows that are not aligned to 16 bytes.
 __device__ __forceinline__ void fill_unaligned(const Product& p, unsigned char* slot, const unsigned char* from,
                                                int rows, int bytes, uint64_t* full, int lane) {
     const int pitch = pitch_of(p);
@@ -199,8 +201,7 @@ __device__ __forceinline__ void fill_unaligned(const Product& p, unsigned char* 
             copy_slowly<uint16_t>(p, slot, pitch, from, rows, bytes, lane);
         else
             copy_slowly<uint8_t>(p, slot, pitch, from, rows, bytes, lane);
-        fence_async();
-        barrier_arrive(full);
+        barrier_arrive(full, 1);
     }
 }
 
@@ -210,12 +211,13 @@ __device__ __forceinline__ void fill(const Job& job, const Walk& walk, unsigned 
     int bytes = min(1 << p.chunk_bytes_shift, p.row_bytes - offset), pitch = pitch_of(p);
     const unsigned char* from = p.weight + walk.row * p.stride + offset;
     if (p.step < 16) return fill_unaligned(p, slot, from, rows, bytes, full, lane);
-    if (kBulk) {
-        if (lane < rows) {
-            barrier_arrive_expecting(full, bytes);
-            copy_bulk(slot + lane * pitch, from + lane * p.stride, bytes, full);
-        } else {
-            barrier_arrive(full);
+    if (kBulk && job.bulk) {
+        // One lane for all: of several lanes the machine makes a loop around every copy.
+        if (elected()) {
+            barrier_arrive(full, 31);
+            barrier_arrive_expecting(full, rows * bytes);
+#pragma unroll 4
+            for (int row = 0; row < rows; ++row, slot += pitch, from += p.stride) copy_bulk(slot, from, bytes, full);
         }
     } else {
         copy_rows<16>(p, slot, pitch, from, rows, bytes, lane);
@@ -524,6 +526,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                         else
                             multiply_chunk<X, kTokens, Number::bf16>(p, at.row, chunk, inputs, tokens, weights,
                                                                      full + slot, parity, lane, c);
+                        fence_async();
                         __syncwarp();  // all lanes have read the slot
                         if (more) more = ahead.settle(job, warp);
                         if (more) fill(job, ahead, weights, full + slot, lane), ahead.chunk += kWarps;
@@ -557,7 +560,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                             value += read_shared<float>(sums + ((turn * kWarps + w) * kTokens + token) * kSumPitch +
                                                         row - at.row);
                     turn ^= 1;
-                } else if (live && p.from == From::pivots) {
+                } else if (live && p.from == From::sums) {
                     value = to_float(X{}, round(X{}, sum_of_splits(p, tokens, token, row)));
                 } else if (live) {
                     const unsigned char* both = p.x + token * p.x_stride + 2 * row;
@@ -647,6 +650,13 @@ int choose_splits(const Product* products, int count, int blocks, int64_t tokens
     return best;
 }
 
+int kernel_tokens(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 8 ? 8 : 16; }
+
+// Of a warp's chunks of a second factor.
+int input_bytes(const Product& p, int64_t tokens) {
+    return int(ceil_divide(p.chunks, kWarps) * tokens * ((2 << p.chunk_shift) + 64));
+}
+
 // A job that is being made. Stages and products are as they run; memory is counted, and laid out if there is some.
 struct Builder {
     const Problem& problem;
@@ -694,6 +704,26 @@ struct Builder {
             inputs[i].in = p.out, inputs[i].in_splits = p.splits, inputs[i].in_stride = p.out_stride;
         }
         finish_stage(stage);
+        // Of ranks and tokens that a block's memory has no room for, a stage of their own makes activations, once.
+        int extra = -1;
+        for (int i = 0; i < count; ++i) {
+            if (layers[i].form == Form::dense || fits(product_of(layers[i].second))) continue;
+            if (extra < 0) extra = open_stage();
+            Product z = inputs[i];
+            z.from = From::sums, z.to = To::y, z.type = problem.activation, z.s = layers[i].s, z.splits = 1;
+            z.rows = int(layers[i].first.rows);
+            const int64_t stride = ceil_divide(z.rows, 8) * 8;
+            z.y = take(2 * problem.tokens * stride), z.y_stride = int(2 * stride);
+            add(z);
+            set_x(inputs[i], z.y, stride);
+        }
+        if (extra >= 0) finish_stage(extra);
+    }
+
+    // Whether a second factor's inputs leave room for two slots in a block's memory.
+    bool fits(const Product& p) const {
+        size_t bytes = inputs_at(kernel_tokens(problem.tokens)) + size_t(kWarps) * input_bytes(p, problem.tokens);
+        return bytes + size_t(kWarps) * 2 * kRows * kPitch <= device.shared_bytes;
     }
 
     void set_x(Product& p, const void* x, int64_t x_stride) {
@@ -705,14 +735,19 @@ struct Builder {
     void expand(const Layer& layer, const Product& input, const void* x, int64_t x_stride, unsigned char* y,
                 int64_t y_stride, To to) {
         Product p = product_of(layer.form == Form::dense ? layer.first : layer.second);
-        p.in = input.in, p.in_splits = input.in_splits, p.in_stride = input.in_stride, p.s = layer.s;
-        if (layer.form == Form::dense) set_x(p, x, x_stride);
+        if (layer.form == Form::dense)
+            set_x(p, x, x_stride);
+        else if (input.x_stride)
+            p.x = input.x, p.x_stride = input.x_stride, p.x_wide = input.x_wide;
+        else
+            p.in = input.in, p.in_splits = input.in_splits, p.in_stride = input.in_stride, p.s = layer.s;
         p.to = to, p.y = y, p.y_stride = int(2 * y_stride), p.bias = layer.bias;
         if (layer.form == Form::pivoted) p.place = layer.place + layer.first.rows;
         if (p.rows) add(p);
         if (layer.form != Form::pivoted) return;
         Product pivots = p;
-        pivots.from = From::pivots, pivots.weight = nullptr, pivots.rows = int(layer.first.rows), pivots.chunks = 0;
+        pivots.from = From::sums, pivots.in = input.in, pivots.in_splits = input.in_splits;
+        pivots.in_stride = input.in_stride, pivots.weight = nullptr, pivots.rows = int(layer.first.rows), pivots.chunks = 0;
         pivots.type = problem.activation, pivots.place = layer.place, pivots.row_bytes = 0;
         add(pivots);
     }
@@ -834,13 +869,14 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
 
     Job& made = builder.job;
     made.begin = 0, made.end = builder.stages, made.tokens = int(tokens);
+    made.bulk = choices.copies == Copies::bulk;
     int64_t most_tasks = 0;
     for (int i = 0; i < builder.products; ++i) {
         const Product& p = made.products[i];
         if (p.from != From::weights) continue;
         made.slot_bytes = made.slot_bytes > kRows * kPitchOf4 || p.type != Number::i4 ? kRows * kPitch
                                                                                      : kRows * kPitchOf4;
-        int bytes = p.in ? int(ceil_divide(p.chunks, kWarps) * tokens * ((2 << p.chunk_shift) + 64)) : 0;
+        int bytes = p.in_splits ? input_bytes(p, tokens) : 0;  // `in` is null where memory is only counted
         if (bytes > made.input_bytes) made.input_bytes = bytes;
     }
     for (int i = 0; i < builder.stages; ++i) {
@@ -857,8 +893,6 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
     schedule->workspace_bytes = builder.used;
     return Status::ok;
 }
-
-int kernel_tokens(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 8 ? 8 : 16; }
 
 // As many slots as `shared` bytes have room for; 0 if not even two.
 int slots_in(const Job& job, const Choices& choices, size_t shared) {
@@ -889,9 +923,11 @@ const char* message(Status status) {
     switch (status) {
         case Status::ok: return "ok";
         case Status::invalid: return "sizes, pointers or options that make no problem";
-        case Status::unsupported: return "more tokens, siblings or ranks than these kernels take on this device";
+        case Status::unsupported: return "more tokens, siblings or weights than these kernels take on this device";
         case Status::workspace: return "the workspace is too small, or not aligned to 256 bytes";
-        case Status::no_device: return "there is no CUDA device of this number, of sm_80 or newer";
+        case Status::no_device:
+            return "there is no CUDA device of this number, of sm_80 or newer, with a driver as new as the CUDA that "
+                   "this was built with";
         case Status::failed: return "CUDA refused the launch";
     }
     return "no status";
@@ -946,7 +982,8 @@ Status decode(const Problem& problem, const Device& device, void* workspace, siz
     if (choices.launch != Launch::dependent || plan.stages == 1) {
         job.slots = slots_in(job, choices, device.shared_bytes);
         if (!job.slots) return Status::unsupported;
-        Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), plan.stages > 1, false, on);
+        Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), device.shared_bytes,
+                               plan.stages > 1, false, on);
         if (done == Launched::yes) return Status::ok;
         if (done == Launched::failed || choices.launch == Launch::cooperative) return Status::failed;
     }
@@ -957,7 +994,8 @@ Status decode(const Problem& problem, const Device& device, void* workspace, siz
     for (int stage = 0; stage < plan.stages; ++stage) {
         job.begin = stage, job.end = stage + 1;
         const bool dependent = stage > 0 && device.dependent;
-        Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), false, dependent, on);
+        Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), device.shared_bytes, false,
+                               dependent, on);
         if (done != Launched::yes) return Status::failed;
     }
     return Status::ok;

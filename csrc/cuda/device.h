@@ -100,15 +100,22 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) { return uint
 __device__ __forceinline__ void barrier_init(uint64_t* at, uint32_t count) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(at)), "r"(count) : "memory");
 }
-// Between ordinary accesses to shared memory and bulk copies.
+// Between this thread's ordinary accesses to shared memory and bulk copies that are ordered behind them.
 __device__ __forceinline__ void fence_async() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void barrier_arrive(uint64_t* at) {
+// `count` is 1 before sm_90.
+__device__ __forceinline__ void barrier_arrive(uint64_t* at, uint32_t count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0], %1;\n}" ::"r"(shared_address(at)),
+                 "r"(count)
+                 : "memory");
+#else
     asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(at))
                  : "memory");
+#endif
 }
 // An arrival that adds to the bytes that have to come before the phase is over.
 __device__ __forceinline__ void barrier_arrive_expecting(uint64_t* at, uint32_t bytes) {
@@ -153,6 +160,15 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, uint32_t 
                      "n"(kBytes)
                      : "memory");
 }
+// True of one lane of a warp that is here as a whole, and known to the compiler to be: what bulk copies take is then in
+// the registers that all lanes share, without a loop that looks for lanes.
+__device__ __forceinline__ bool elected() {
+    uint32_t is = 0;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(is));
+#endif
+    return is;
+}
 // A multiple of 16 bytes, which is what both addresses are multiples of too.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* at) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -185,12 +201,16 @@ using Stream = cudaStream_t;
 
 enum class Launched { yes, refused, failed };
 
-// cooperative: all blocks run at once, or it is refused. dependent: it may start before the launch before it has ended.
+// most: shared memory that any launch on this device may ask for. cooperative: all blocks run at once, or it is refused;
+// dependent: it may start before the launch before it has ended; CUDA knows no launch that is both.
 template <class Job>
-Launched launch(void (*kernel)(Job), const Job& job, int blocks, int threads, size_t shared, bool cooperative,
-                bool dependent, Stream stream) {
-    // What a kernel may have beyond 48 KiB has to be asked for; the driver keeps it, so that this is a look-up later.
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) != cudaSuccess) {
+Launched launch(void (*kernel)(Job), const Job& job, int blocks, int threads, size_t shared, size_t most,
+                bool cooperative, bool dependent, Stream stream) {
+    // What a kernel may have beyond 48 KiB has to be asked for; always the same, so that threads of the host that launch
+    // at once do not take it from each other. And memory that is shared out alike lets two launches be there at once.
+    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)) != cudaSuccess ||
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
+            cudaSuccess) {
         cudaGetLastError();
         return Launched::failed;
     }

@@ -1,13 +1,47 @@
-// The CUDA kernels of deployed layers on the CPU, under the execution shim and the sanitizers, on arrays of exactly the
-// size that they may touch; results are compared with sums in double. Prints what was asked of global memory against
-// what there is of weights, and "N mistakes"; returns 1 if there was one. With an argument only a few of the problems.
-// Built and run by tests/test_cuda_kernels.py.
+// The CUDA kernels of deployed layers on arrays of exactly the size that they may touch, compared with sums in double;
+// one source for two programs. Compiled by g++ it runs them on the CPU, under the execution shim and the sanitizers, and
+// counts what is asked of global memory against what there is of weights. Compiled by nvcc it runs the same cases on a
+// GPU, each in a CUDA graph too; what memory they touch is for compute-sanitizer to see:
+//
+//   nvcc -std=c++17 -O3 -I csrc/include -arch=native csrc/cuda/decode.cu -x cu csrc/testing/cuda_decode.cpp -o cases
+//
+// Prints "N mistakes"; returns 1 if there was one, 2 without a GPU. With an argument only a few of the cases. Built and
+// run by tests/test_cuda_kernels.py.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
 #include <random>
+#include <string>
+#include <vector>
 
 #include "acip/cuda_decode.h"
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+namespace acip {
+namespace device {
+namespace numbers {
+#include "../cpu/numbers.h"
+}
+struct Bf16 {};
+struct F16 {};
+float to_float(Bf16, uint16_t bits) { return numbers::to_float(numbers::bf16{bits}); }
+float to_float(F16, uint16_t bits) { return numbers::to_float(numbers::f16{bits}); }
+uint16_t round(Bf16, float value) {
+    numbers::bf16 to;
+    return numbers::from_float(&to, value), to.bits;
+}
+uint16_t round(F16, float value) {
+    numbers::f16 to;
+    return numbers::from_float(&to, value), to.bits;
+}
+}  // namespace device
+}  // namespace acip
+#else
 #include "gpu_shim.h"
+#endif
 
 using namespace acip;
 using namespace acip::cuda;
@@ -30,19 +64,53 @@ double value_of(Number type, uint16_t bits) {
     return type == Number::bf16 ? device::to_float(device::Bf16{}, bits) : device::to_float(device::F16{}, bits);
 }
 
-// An array that lies alone on the heap, ends where it does, and is known to the shim by its kind.
+#if defined(__CUDACC__)
+constexpr bool kOnGpu = true;
+void expect(cudaError_t error) {
+    if (error != cudaSuccess) std::printf("CUDA: %s\n", cudaGetErrorString(error)), std::exit(1);
+}
+struct Free {
+    void operator()(void* at) const { cudaFree(at); }
+};
+#else
+constexpr bool kOnGpu = false;
+#endif
+
+// An array that lies alone in its memory and ends where it does; with a copy on the GPU, or known to the shim by its
+// kind. It begins at a multiple of 256 bytes, as what is allocated on a GPU does, if `aligned`.
 struct Memory {
     std::unique_ptr<unsigned char[]> bytes;
-    size_t n = 0;
+    size_t n = 0, begin = 0;
     Memory() = default;
-    Memory(size_t n, const char* name, bool writable) : bytes(new unsigned char[n]), n(n) {
-        std::memset(bytes.get(), 0xff, n);  // NaN
-        shim::add_array(bytes.get(), n, name, writable);
+    Memory(size_t n, const char* name, bool writable, bool aligned = false) : bytes(new unsigned char[n + 256]), n(n) {
+        if (!aligned) bytes.reset(new unsigned char[n]);
+        if (aligned) begin = (256 - reinterpret_cast<uintptr_t>(bytes.get()) % 256) % 256;
+        std::memset(bytes.get() + begin, 0xff, n);  // NaN
+#if defined(__CUDACC__)
+        (void)name, (void)writable;
+        void* at = nullptr;
+        if (n) expect(cudaMalloc(&at, n));
+        on_gpu.reset(at);
+        send();
+#else
+        if (n) shim::add_array(bytes.get() + begin, n, name, writable);
+#endif
     }
     template <class T>
     T* as() {
-        return reinterpret_cast<T*>(bytes.get());
+        return reinterpret_cast<T*>(bytes.get() + begin);
     }
+#if defined(__CUDACC__)
+    std::unique_ptr<void, Free> on_gpu;
+    void* send() const {  // and where it is there
+        if (n) expect(cudaMemcpy(on_gpu.get(), bytes.get() + begin, n, cudaMemcpyHostToDevice));
+        return on_gpu.get();
+    }
+    void receive() { expect(cudaMemcpy(bytes.get() + begin, on_gpu.get(), n, cudaMemcpyDeviceToHost)); }
+#else
+    void* send() const { return n ? bytes.get() + begin : nullptr; }
+    void receive() {}
+#endif
 };
 
 struct Weight {
@@ -82,7 +150,7 @@ struct Weight {
                 values[i] = value_of(type, data.as<uint16_t>()[i]);
             }
         }
-        matrix = {type, data.bytes.get(), rows, cols, width, scales.bytes.get(), zeros.as<uint8_t>(), group};
+        matrix = {type, data.send(), rows, cols, width, scales.send(), static_cast<uint8_t*>(zeros.send()), group};
     }
     size_t bytes() const { return data.n + scales.n + zeros.n; }
 };
@@ -156,13 +224,20 @@ std::vector<Value> layer_of(const Made& layer, const std::vector<Value>& x, Numb
     return y;
 }
 
-// Runs a case with every one of `choices`; all must agree to the bit where their splits do.
-void run(const Case& about, int64_t tokens, const std::vector<Choices>& choices, const Device& gpu,
-         bool print = false) {
+// How a case is run: on a device, in a way.
+struct Way {
+    Device gpu;
+    Choices choices;
+};
+
+// Runs a case in every one of these ways; all must agree to the bit where their splits do.
+void run(const Case& about, int64_t tokens, const std::vector<Way>& ways, bool print = false) {
+#if !defined(__CUDACC__)
     shim::arrays.clear();
+#endif
     std::vector<Made> made;
     std::vector<Layer> layers;
-    size_t weights = 0, row_scales = 0;
+    size_t weights = 0, row_scales = 0, firsts = 0;
     for (int i = 0; i < about.count; ++i) {
         auto& spec = about.layers[i];
         Made one{spec.form, nullptr, nullptr, {}, {}, {}, spec.out};
@@ -175,6 +250,7 @@ void run(const Case& about, int64_t tokens, const std::vector<Choices>& choices,
             one.second.reset(new Weight(spec.type, out, spec.rank, spec.group, spec.zeros));
             weights += one.second->bytes();
         }
+        if (spec.form != Form::dense) firsts += one.first->bytes();
         if (spec.type == Number::i8) row_scales += one.first->scales.n;
         if (spec.s) {
             one.s = Memory(4 * spec.rank, "s", false);
@@ -194,8 +270,9 @@ void run(const Case& about, int64_t tokens, const std::vector<Choices>& choices,
         made.push_back(std::move(one));
     }
     for (Made& one : made)
-        layers.push_back({one.form, one.first->matrix, one.second ? one.second->matrix : Matrix{}, one.s.as<float>(),
-                          one.bias.bytes.get(), one.place.as<int32_t>()});
+        layers.push_back({one.form, one.first->matrix, one.second ? one.second->matrix : Matrix{},
+                          static_cast<float*>(one.s.send()), one.bias.send(),
+                          static_cast<int32_t*>(one.place.send())});
     int64_t width = 0;
     for (int i = 0; i < about.count; ++i) width += about.layers[i].out;
     if (about.mode != Mode::concatenate) width = about.layers[about.count - 1].out;
@@ -224,52 +301,80 @@ void run(const Case& about, int64_t tokens, const std::vector<Choices>& choices,
     }
 
     std::map<int, std::vector<unsigned char>> seen;
-    for (const Choices& choice : choices) {
-        Problem problem{about.activation, about.mode, layers.data(), about.count, x.bytes.get(), nullptr,
+    for (const auto& [gpu, choices] : ways) {
+        Problem problem{about.activation, about.mode, layers.data(), about.count, x.send(), nullptr,
                         about.in, width, tokens};
         Schedule plan{};
-        Status status = schedule(problem, gpu, choice, &plan);
+        Status status = schedule(problem, gpu, choices, &plan);
+        if (status == Status::ok && plan.shared_bytes > gpu.shared_bytes) status = Status::unsupported;
         if (status != Status::ok) {
             mistake(message(status));
             continue;
         }
-        Memory y(2 * tokens * width, "y", true);
-        problem.y = y.bytes.get();
-        // Aligned as an allocator of a GPU's memory does it.
-        std::unique_ptr<unsigned char[]> heap(new unsigned char[plan.workspace_bytes + 256]);
-        auto address = reinterpret_cast<uintptr_t>(heap.get());
-        unsigned char* workspace = heap.get() + (256 - address % 256) % 256;
-        std::memset(workspace, 0xff, plan.workspace_bytes);
-        shim::add_array(workspace, plan.workspace_bytes, "workspace", true);
-        for (auto& entry : shim::arrays) entry.second.loaded = entry.second.stored = 0;
-        device::kBulk = choice.launch != Launch::dependent;  // and `cp.async` else
-        status = decode(problem, gpu, workspace, plan.workspace_bytes, nullptr, choice);
+        auto check = [&](Memory& y) {
+            for (int64_t t = 0; t < tokens; ++t)
+                for (int64_t j = 0; j < width; ++j) {
+                    double value = value_of(about.activation, y.as<uint16_t>()[t * width + j]);
+                    Value& want = wanted[t][j];
+                    if (!(std::abs(value - want.value) <= want.error))
+                        mistake("output " + std::to_string(j) + " of token " + std::to_string(t) + ": " +
+                                std::to_string(value) + ", not " + std::to_string(want.value));
+                }
+            std::vector<unsigned char> output(y.as<unsigned char>(), y.as<unsigned char>() + y.n);
+            auto& first = seen[plan.splits];
+            if (first.empty()) first = output;
+            if (first != output) mistake("a rerun differs");
+        };
+        Memory y(2 * tokens * width, "y", true), workspace(plan.workspace_bytes, "workspace", true, true);
+        problem.y = y.send();
+#if defined(__CUDACC__)
+        cudaStream_t stream;
+        expect(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        status = decode(problem, gpu, workspace.send(), workspace.n, stream, choices);
+        if (status != Status::ok) mistake(std::string("decode: ") + message(status));
+        expect(cudaStreamSynchronize(stream));
+        y.receive();
+        check(y);
+        // And captured, what would fail if it allocated or waited; replayed, on what the first replay left behind.
+        std::memset(y.as<char>(), 0xff, y.n), std::memset(workspace.as<char>(), 0xff, workspace.n);
+        y.send(), workspace.send();
+        cudaGraph_t graph;
+        cudaGraphExec_t replay;
+        expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+        status = decode(problem, gpu, workspace.on_gpu.get(), workspace.n, stream, choices);
+        expect(cudaStreamEndCapture(stream, &graph));
+        if (status != Status::ok) mistake(std::string("captured: ") + message(status));
+        expect(cudaGraphInstantiate(&replay, graph, 0));
+        for (int i = 0; i < 2; ++i) expect(cudaGraphLaunch(replay, stream));
+        expect(cudaStreamSynchronize(stream));
+        y.receive();
+        check(y);
+        expect(cudaGraphExecDestroy(replay)), expect(cudaGraphDestroy(graph)), expect(cudaStreamDestroy(stream));
+        (void)print, (void)row_scales, (void)firsts;
+#else
+        for (auto& entry : shim::arrays) entry.second.loaded = entry.second.stored = entry.second.early = 0;
+        status = decode(problem, gpu, workspace.send(), plan.workspace_bytes, nullptr, choices);
         if (status != Status::ok) mistake(std::string("decode: ") + message(status));
         for (auto& text : shim::reports) mistake(text);
         shim::reports.clear();
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t j = 0; j < width; ++j) {
-                double value = value_of(about.activation, y.as<uint16_t>()[t * width + j]);
-                Value& want = wanted[t][j];
-                if (!(std::abs(value - want.value) <= want.error))
-                    mistake("output " + std::to_string(j) + " of token " + std::to_string(t) + ": " +
-                            std::to_string(value) + ", not " + std::to_string(want.value));
-            }
-        std::vector<unsigned char> output(y.bytes.get(), y.bytes.get() + y.n);
-        auto& first = seen[plan.splits];
-        if (first.empty()) first = output;
-        if (first != output) mistake("a rerun differs");
-        size_t of_weights = 0, others = 0;
-        for (auto& entry : shim::arrays)
+        if (choices.launch == Launch::cooperative && device::last_shared != plan.shared_bytes)
+            mistake("a schedule of " + std::to_string(plan.shared_bytes) + " bytes of shared memory became " +
+                    std::to_string(device::last_shared));
+        check(y);
+        size_t of_weights = 0, others = 0, early = 0;
+        for (auto& entry : shim::arrays) {
             (entry.second.name == "weights" ? of_weights : others) += entry.second.loaded + entry.second.stored;
+            if (entry.second.name == "weights") early += entry.second.early;
+        }
         // An 8-bit row's scale is read for each split of the row.
         if (of_weights > 1.02 * weights + (plan.splits - 1) * row_scales || of_weights < weights)
             mistake(std::to_string(of_weights) + " bytes of weights were read, of " + std::to_string(weights));
         if (print)
-            std::printf("bytes: %zu weights, %zu read, %zu others, %d stages, %d blocks, %d slots, %d splits\n",
-                        weights, of_weights, others, plan.stages, plan.blocks, plan.slots, plan.splits);
-        shim::arrays.erase(reinterpret_cast<const char*>(y.bytes.get()) + y.n);
-        shim::arrays.erase(reinterpret_cast<const char*>(workspace) + plan.workspace_bytes);
+            std::printf("bytes: %zu weights, %zu read, %zu others; %zu of first factors, %zu before a barrier; "
+                        "%d stages, %d blocks, %d slots, %d splits\n",
+                        weights, of_weights, others, firsts, early, plan.stages, plan.blocks, plan.slots, plan.splits);
+        for (Memory* one : {&y, &workspace}) shim::arrays.erase(one->as<char>() + one->n);
+#endif
     }
 }
 
@@ -279,8 +384,17 @@ int main(int count, char**) {
     const bool quick = count > 1;
     constexpr Form kDense = Form::dense, kFactors = Form::factors, kPivoted = Form::pivoted;
     constexpr Number kI8 = Number::i8, kI4 = Number::i4;
-    const Choices once{}, again{Launch::dependent, 0, 0}, split{Launch::cooperative, 3, 2};
-    const Device gpu{3, 163 << 10, true};
+    const Choices once{}, again{Launch::dependent, 0, 0, Copies::threads}, split{Launch::cooperative, 3, 2};
+    Device whole{3, 163 << 10, true};
+    if (kOnGpu && describe(0, &whole) != Status::ok) return std::printf("no GPU\n"), 2;
+    Device gpu = whole;
+    gpu.multiprocessors = 3;
+    // A device with memory for two slots and no inputs, so that a stage of its own makes them.
+    const auto tight = [&](int64_t tokens) {
+        Device device = gpu;
+        device.shared_bytes = 1152 + 1280 * (tokens == 1 ? 1 : tokens <= 8 ? 8 : 16) + (80 << 10);
+        return device;
+    };
     for (Number x : {Number::bf16, Number::f16}) {
         if (quick && x == Number::f16) break;
         const Case cases[] = {
@@ -309,24 +423,53 @@ int main(int count, char**) {
         for (const Case& one : cases)
             for (int64_t tokens : {1, 2, 9, 16}) {
                 if (quick ? tokens != 2 : x == Number::f16 && tokens == 9) continue;
+                std::vector<Way> ways = {{gpu, once}, {gpu, again}, {gpu, split}};
+                if (kOnGpu) ways.push_back({whole, once}), ways.push_back({whole, again});
+                if (x == Number::bf16) ways.push_back({tight(tokens), tokens == 2 ? again : once});
+#if !defined(__CUDACC__)
                 shim::backwards = tokens == 2;
-                run(one, tokens, {once, again, split}, gpu);
+#endif
+                run(one, tokens, ways);
             }
     }
+#if !defined(__CUDACC__)
     // On a GPU that others use too: the other form, and an error for who asked for this one by name.
     device::refuse_cooperative = true;
     const Case plain{Number::bf16, Mode::concatenate, 64, {{kFactors, 32, 16, Number::bf16, 0, false, true, true}}, 1};
-    run(plain, 1, {once}, gpu);
+    run(plain, 1, {{gpu, once}});
     device::refuse_cooperative = false;
+#endif
     if (quick) return std::printf("%d mistakes\n", mistakes), mistakes != 0;
-    // What is asked of memory at sizes that are more like a model's.
-    const Case larger[] = {
-        {Number::bf16, Mode::concatenate, 1024, {{kFactors, 1024, 256, Number::bf16, 0, false, true, false}}, 1},
-        {Number::bf16, Mode::concatenate, 1024, {{kFactors, 1024, 256, kI8, 0, false, true, false}}, 1},
-        {Number::bf16, Mode::concatenate, 1024, {{kFactors, 1024, 256, kI4, 64, true, true, false}}, 1},
-    };
-    for (const Case& one : larger)
-        for (int64_t tokens : {1, 16}) run(one, tokens, {once}, gpu, true);
+    // What is asked of memory at sizes that are more like a model's: every form and number.
+    for (Number type : {Number::bf16, Number::f16, kI8, kI4}) {
+        const Number x = type == Number::f16 ? type : Number::bf16;
+        const int64_t group = type == kI4 ? 64 : 0;
+        const bool zeros = type == kI4, small = type == Number::f16;
+        const Case larger[] = {
+            {x, Mode::concatenate, 1024, {{kFactors, 512, 128, type, group, zeros, true, false}}, 1},
+            {x, Mode::concatenate, 768, {{kPivoted, 512, 128, type, group, zeros, false, false}}, 1},
+            {x, Mode::concatenate, 1024, {{kDense, 128, 0, type, group, zeros, false, false}}, 1},
+            {x, Mode::concatenate, 512,
+             {{kFactors, 512, 64, type, group, zeros, false, false},
+              {kFactors, 128, 64, type, group, zeros, false, false},
+              {kPivoted, 128, 64, type, group, zeros, false, false}}, 3},
+            {x, Mode::swiglu, 512,
+             {{kFactors, 384, 64, type, group, zeros, false, false},
+              {kFactors, 384, 128, type, group, zeros, false, false}}, 2},
+            {x, Mode::gated_mlp, 256,
+             {{kFactors, 512, 64, type, group, zeros, false, false},
+              {kFactors, 512, 64, type, group, zeros, false, false},
+              {kFactors, 256, 64, type, group, zeros, false, false}}, 3},
+        };
+        for (const Case& one : larger)
+            for (int64_t tokens : {1, 16})
+                if (!small || (tokens == 1 && one.mode != Mode::gated_mlp)) run(one, tokens, {{gpu, once}}, true);
+    }
+    // With too little memory for what is between the products; and with enough for all of a block's second factor, which
+    // is on its way before the barrier then.
+    const Case wide{Number::bf16, Mode::concatenate, 128, {{kFactors, 128, 1024, Number::bf16, 0, false, true, false}}, 1};
+    run(wide, 16, {{tight(16), once}, {gpu, once}}, true);
+    run(wide, 1, {{gpu, once}}, true);
     std::printf("%d mistakes\n", mistakes);
     return mistakes != 0;
 }

@@ -11,6 +11,7 @@
 // - a race: two threads of a block touch one word of shared memory, one of them writes, and no barrier orders them
 //   (vector clocks, as in FastTrack, PLDI 2009; a shuffle or mma orders nothing); in global memory a word that another
 //   thread wrote, with no barrier since, of the block or, from another block, of the grid;
+// - a bulk copy over what was read or written with no proxy fence since, or to an mbarrier made with none;
 // - a copy that is read before it was waited for: copies arrive as late as they may, when no thread can go on, and
 //   until then the words hold NaN;
 // - lanes of a warp that are at different collectives, and threads that wait for ever.
@@ -77,6 +78,7 @@ struct Array {
     std::string name;
     bool writable;
     size_t loaded = 0, stored = 0;
+    size_t early = 0;  // loaded by blocks that have been at no barrier of the grid yet
     struct Write {
         int block = -1, thread = 0;
         uint32_t clock = 0, epoch = 0;
@@ -89,7 +91,7 @@ inline std::map<const char*, Array> arrays;  // by their ends
 inline Array& add_array(const void* begin, size_t bytes, const std::string& name, bool writable) {
     const char* first = static_cast<const char*>(begin);
     Array& array = arrays[first + bytes];
-    array = Array{first, bytes, name, writable, 0, 0, {}};
+    array = Array{first, bytes, name, writable, 0, 0, 0, {}};
     if (writable) array.writes.resize((bytes + 1) / 2);
     return array;
 }
@@ -116,6 +118,7 @@ struct Thread {
     uint64_t value = 0;
     uint32_t collectives = 0;  // that its warp has come through
     Clock clock;
+    Clock fenced;  // of what came before a proxy fence of the thread that did it
     std::deque<std::function<void()>> copies;  // that are on their way, in order
 };
 
@@ -123,6 +126,7 @@ struct Word {
     int32_t writer = -1;
     uint32_t clock = 0;
     bool coming = false;  // by a copy that nobody has waited for
+    bool copied = false;  // by a bulk copy, the last time
     std::vector<std::pair<int32_t, uint32_t>> reads;
 };
 
@@ -130,7 +134,7 @@ struct Barrier {
     uint32_t count = 0, pending = 0;
     int64_t bytes = 0;  // that are still to come
     uint64_t phase = 0;
-    Clock clock, passed;
+    Clock clock, passed, fenced, passed_fenced;
     int32_t maker = -1;
     uint32_t made = 0;
 };
@@ -237,10 +241,10 @@ inline void start(Thread& thread) {
 // Everyone's clock becomes the latest of all, and their own goes on.
 template <class Threads>
 void order(const Threads& threads) {
-    Clock latest = threads.front()->clock;
-    for (Thread* thread : threads) join(latest, thread->clock);
+    Clock latest = threads.front()->clock, fenced = threads.front()->fenced;
+    for (Thread* thread : threads) join(latest, thread->clock), join(fenced, thread->fenced);
     for (Thread* thread : threads) {
-        thread->clock = latest;
+        thread->clock = latest, thread->fenced = fenced;
         ++thread->clock[thread->index];
     }
 }
@@ -298,6 +302,7 @@ inline void run(int blocks, int threads, size_t shared_bytes, bool cooperative, 
             Thread& thread = block.threads[i];
             thread.block = &block, thread.index = i;
             thread.clock.assign(threads, 0), thread.clock[i] = 1;
+            thread.fenced.assign(threads, 0);
             if (used == stacks.size()) stacks.emplace_back(new char[kStack]);
             thread.stack = std::move(stacks[used++]);
             start(thread);
@@ -400,7 +405,7 @@ inline void note_shared(const void* address, size_t bytes, bool writes, bool cop
                 break;
             }
         word.reads.clear();
-        word.writer = self, word.clock = clock[self], word.coming = copy;
+        word.writer = self, word.clock = clock[self], word.coming = copy, word.copied = false;
     }
 }
 
@@ -451,6 +456,7 @@ inline void count_load(Array& array, const void* address, size_t bytes) {
     uint32_t& seen = warp.loaded[current->collectives & 1][at / 16];
     uint32_t wanted = ((1u << bytes) - 1) << (at % 16);
     array.loaded += __builtin_popcount(wanted & ~seen);
+    if (!current->block->epoch) array.early += __builtin_popcount(wanted & ~seen);
     seen |= wanted;
 }
 
@@ -472,20 +478,36 @@ inline Barrier* barrier_at(const void* address) {
 
 inline void complete(Barrier& barrier) {
     if (barrier.pending || barrier.bytes) return;
-    barrier.passed = barrier.clock;
+    barrier.passed = barrier.clock, barrier.passed_fenced = barrier.fenced;
     barrier.pending = barrier.count;
     ++barrier.phase;
 }
 
-inline void arrive(Barrier& barrier, const Clock& clock, int block) {
-    if (!barrier.pending) return report("block %d: more arrivals than an mbarrier takes", block);
-    join(barrier.clock, clock);
-    --barrier.pending;
+inline void arrive(Barrier& barrier, const Clock& clock, const Clock& fenced, int block, uint32_t count) {
+    if (barrier.pending < count) return report("block %d: more arrivals than an mbarrier takes", block);
+    join(barrier.clock, clock), join(barrier.fenced, fenced);
+    barrier.pending -= count;
     complete(barrier);
 }
-inline void arrive(Barrier& barrier) {
-    arrive(barrier, current->clock, current->block->index);
+inline void arrive(Barrier& barrier, uint32_t count) {
+    arrive(barrier, current->clock, current->fenced, current->block->index, count);
     ++current->clock[current->index];
+}
+
+// A bulk copy to shared memory is about to begin: what threads did there has to have been fenced by them.
+inline void check_fenced(const void* address, size_t bytes, const Barrier& barrier) {
+    Block& block = *current->block;
+    const Clock& fenced = current->fenced;
+    size_t offset = static_cast<const char*>(address) - block.shared.get();
+    bool missing = fenced[barrier.maker] < barrier.made;
+    for (size_t i = offset / 4; i < (offset + bytes) / 4; ++i) {
+        const Word& word = block.words[i];
+        missing |= word.writer >= 0 && !word.copied && fenced[word.writer] < word.clock;
+        for (auto& read : word.reads) missing |= fenced[read.first] < read.second;
+    }
+    if (missing)
+        report("block %d, thread %d: a bulk copy with no proxy fence since its memory or mbarrier was used",
+               block.index, current->index);
 }
 
 inline void land(Block& block, void* to, const void* from, size_t size, size_t bytes) {
@@ -635,33 +657,36 @@ inline void barrier_init(uint64_t* at, uint32_t count) {
     shim::Barrier& barrier = self.block->barriers[at];
     barrier = shim::Barrier{};
     barrier.count = barrier.pending = count;
-    barrier.clock = barrier.passed = shim::Clock(self.clock.size(), 0);
+    barrier.clock = barrier.passed = barrier.fenced = barrier.passed_fenced = shim::Clock(self.clock.size(), 0);
     barrier.maker = self.index, barrier.made = self.clock[self.index];
 }
-inline void fence_async() {}
-inline void barrier_arrive(uint64_t* at) {
-    if (shim::Barrier* barrier = shim::barrier_at(at)) shim::arrive(*barrier);
+inline void fence_async() {
+    shim::Thread& self = *shim::current;
+    self.fenced[self.index] = self.clock[self.index]++;
+}
+inline void barrier_arrive(uint64_t* at, uint32_t count) {
+    if (shim::Barrier* barrier = shim::barrier_at(at)) shim::arrive(*barrier, count);
 }
 inline void barrier_arrive_expecting(uint64_t* at, uint32_t bytes) {
     if (shim::Barrier* barrier = shim::barrier_at(at)) {
         barrier->bytes += bytes;
-        shim::arrive(*barrier);
+        shim::arrive(*barrier, 1);
     }
 }
 inline void barrier_arrive_after_copies(uint64_t* at) {
     // What this thread does from here on is not part of what it hands over.
     shim::Thread* self = shim::current;
-    shim::Clock clock = self->clock;
+    shim::Clock clock = self->clock, fenced = self->fenced;
     ++self->clock[self->index];
     if (shim::Barrier* barrier = shim::barrier_at(at))
-        self->copies.push_back([=] { shim::arrive(*barrier, clock, self->block->index); });
+        self->copies.push_back([=] { shim::arrive(*barrier, clock, fenced, self->block->index, 1); });
 }
 inline void barrier_wait(uint64_t* at, uint32_t parity) {
     shim::Barrier* barrier = shim::barrier_at(at);
     if (!barrier) return;
     // The phase of this parity is over when the one that goes on has the other.
     while ((barrier->phase & 1) == parity) shim::wait_while(barrier->phase, barrier->phase);
-    shim::join(shim::current->clock, barrier->passed);
+    shim::join(shim::current->clock, barrier->passed), shim::join(shim::current->fenced, barrier->passed_fenced);
 }
 
 inline bool startable(void* to, const void* from, size_t size, size_t bytes, size_t alignment, const char* what) {
@@ -676,6 +701,7 @@ inline bool startable(void* to, const void* from, size_t size, size_t bytes, siz
     if (size) {
         if (!shim::within_global(from, size, alignment, what, array)) return false;
         array->loaded += size;
+        if (!shim::current->block->epoch) array->early += size;
         shim::note_global(*array, from, size, false);
     }
     shim::note_shared(to, bytes, true, true);
@@ -694,16 +720,25 @@ void copy_async(void* to, const void* from, uint32_t size) {
 
 inline bool kBulk = true;  // or as on a GPU before sm_90
 
+inline bool elected() {
+    shim::meet_warp(6, "an election", false, [](shim::Warp&) {});
+    return shim::current->index % shim::kLanes == 0;
+}
+
 // cp.async.bulk from global to shared memory.
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* at) {
     if (bytes % 16) return shim::report("a bulk copy of %u bytes, which is no multiple of 16", bytes);
     shim::Barrier* barrier = shim::barrier_at(at);
-    if (!barrier || !startable(to, from, bytes, bytes, 16, "a bulk copy")) return;
+    if (!barrier) return;
+    if (shim::within_shared(to, 16, "a bulk copy")) shim::check_fenced(to, bytes, *barrier);
+    if (!startable(to, from, bytes, bytes, 16, "a bulk copy")) return;
     shim::Thread* self = shim::current;
-    shim::Clock clock = self->clock;
+    for (size_t i = 0; i < bytes; i += 4)
+        self->block->words[(static_cast<char*>(to) - self->block->shared.get() + i) / 4].copied = true;
+    shim::Clock clock = self->clock, fenced = self->fenced;
     self->copies.push_back([=] {
         shim::land(*self->block, to, from, bytes, bytes);
-        shim::join(barrier->clock, clock);
+        shim::join(barrier->clock, clock), shim::join(barrier->fenced, fenced);
         barrier->bytes -= bytes;
         if (barrier->bytes < 0) shim::report("block %d: more bytes came than were expected", self->block->index);
         shim::complete(*barrier);
@@ -761,14 +796,15 @@ inline void await_last_launch() {}
 
 using Stream = void*;
 inline bool refuse_cooperative = false;  // as a GPU does that is shared with others
-inline size_t most_shared = 227 << 10;
+inline size_t most_shared = 227 << 10, last_shared = 0;  // of a block: that there is, of the last launch
 
 enum class Launched { yes, refused, failed };
 template <class Job>
-Launched launch(void (*kernel)(Job), const Job& job, int blocks, int threads, size_t shared, bool cooperative, bool,
-                Stream) {
+Launched launch(void (*kernel)(Job), const Job& job, int blocks, int threads, size_t shared, size_t most,
+                bool cooperative, bool, Stream) {
     if (cooperative && refuse_cooperative) return Launched::refused;
-    if (shared > most_shared) return Launched::failed;
+    if (shared > most || most > most_shared) return Launched::failed;
+    last_shared = shared;
     shim::run(blocks, threads, shared, cooperative, [=] { kernel(job); });
     return Launched::yes;
 }

@@ -68,19 +68,22 @@ void product(bool swapped) {
         }
 }
 
-// A warp's ring of two slots of 512 bytes that copies fill, either kind of them.
-void ring(bool bulk, bool awaited, bool freed, int expected = 16) {
+// A warp's ring of two slots of 512 bytes that copies fill, either kind of them. fences: 1 behind the making of
+// mbarriers, 2 behind the reading of a slot. arrivals: of each lane.
+void ring(bool bulk, bool awaited, bool freed, int expected = 16, int fences = 3, int arrivals = 1) {
     Heap<float> in(32 * 4 * 5, "in", false), out(32 * 4 * 5, "out", true);
     for (size_t i = 0; i < in.n; ++i) in.data[i] = float(i);
     shim::run(1, 32, 1024 + 16, false, [&] {
         unsigned char* memory = shared_memory();
         uint64_t* barriers = reinterpret_cast<uint64_t*>(memory + 1024);
         int lane = threadIdx.x;
-        if (lane < 2) barrier_init(barriers + lane, 32);
+        if (lane < 2) barrier_init(barriers + lane, 32 * arrivals);
+        if (fences & 1) fence_async();
         __syncwarp();
         auto fill = [&](int step) {
             void* to = memory + step % 2 * 512 + lane * 16;
             const void* from = in.get() + step * 128 + lane * 4;
+            if (arrivals > 1) barrier_arrive(barriers + step % 2, arrivals - 1);
             if (bulk) {
                 barrier_arrive_expecting(barriers + step % 2, expected);
                 copy_bulk(to, from, 16, barriers + step % 2);
@@ -94,6 +97,7 @@ void ring(bool bulk, bool awaited, bool freed, int expected = 16) {
             if (awaited) barrier_wait(barriers + step % 2, step / 2 & 1);
             float4 value = read_shared<float4>(memory + step % 2 * 512 + (31 - lane) * 16);
             write_global(out.get() + step * 128 + (31 - lane) * 4, value);
+            if (fences & 2) fence_async();
             if (freed) __syncwarp();
             if (step + 2 < 5) fill(step + 2);
         }
@@ -188,7 +192,7 @@ int main(int, char** argv) {
                  shim::backwards = order;
                  neighbours(true, false, 40), neighbours(true, true, 1);
                  product<Bf16>(false), product<F16>(false);
-                 ring(true, true, true), ring(false, true, true);
+                 ring(true, true, true), ring(false, true, true, 16, 0), ring(true, true, true, 16, 3, 4);
                  whole_grid(true, true), shared_end(0, false), shared_end(0, true), global_end(1, false), aligned(4);
                  together(true), same_collective(true), shuffled(true), counted(64, false), counted(128, true);
              }
@@ -202,6 +206,8 @@ int main(int, char** argv) {
         {"async copy over what is read", [] { ring(false, true, false); }},
         {"too few bytes expected", [] { ring(true, true, true, 8); }},
         {"too many bytes expected", [] { ring(true, true, true, 32); }},
+        {"mbarriers made with no proxy fence", [] { ring(true, true, true, 16, 2); }},
+        {"bulk copy over what is read, with no proxy fence", [] { ring(true, true, true, 16, 1); }},
         {"no grid barrier", [] { whole_grid(false, true); }},
         {"grid barrier in an ordinary launch", [] { whole_grid(true, false); }},
         {"write past shared memory", [] { shared_end(8, false); }},

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ... import files
-from ...plan import DecodeConfig, Device, Launch, Problem, Table, Times, device_of
+from ...plan import CudaConfig, DecodeConfig, Device, Launch, Problem, Table, Times, device_of
 from ...version import __version__
-from . import op
+from . import cuda, op
 
 
 @functools.cache
@@ -51,6 +51,18 @@ def problem_of(tokens: int, tensors: list[Tensor], spec, mode: int, itemsize: in
     """The fields of `plan.Problem`, from the arguments of `fused_linear`."""
     rows = tuple([n for some in op.matrix_rows(tensors, spec) for n in some])
     return tokens, mode, tuple(spec), rows, itemsize
+
+
+def forward(x: Tensor, tensors: list[Tensor], spec: list[int], mode: int) -> Tensor:
+    """`fused_linear` on a GPU: by the CUDA C++ kernels where they were measured to be faster, else by `prefill`."""
+    from . import prefill  # which is made of what `op` has, and needs Triton
+
+    found = table(x.device)
+    if found is not None and found.cuda and cuda.takes(x):
+        problem = Problem(*problem_of(x.numel() // max(x.shape[-1], 1), tensors, spec, mode, x.element_size()))
+        if (config := found.cuda_config(problem)) is not None:
+            return cuda.forward(x, tensors, spec, mode, **config._asdict())
+    return prefill.forward(x, tensors, spec, mode)
 
 
 # ---- the file
@@ -117,14 +129,22 @@ def to_json(found: Table) -> dict:
         "launches": [
             launch._asdict() | {"config": dataclasses.asdict(config)} for launch, config in found.configs.items()
         ],
-        "problems": [problem._asdict() | {"seconds": times._asdict()} for problem, times in found.times.items()],
+        "problems": [
+            problem._asdict()
+            | {"seconds": times._asdict()}
+            | ({"cuda": found.cuda[problem]._asdict()} if problem in found.cuda else {})
+            for problem, times in found.times.items()
+        ],
     }
 
 
 def from_json(fields: dict, device: Device, source: str) -> Table:
-    """The reverse of `to_json`. Raises `ValueError`, naming `source`, for what is not of its form or not legal."""
+    """The reverse of `to_json`. Raises `ValueError`, naming `source`, for what is not of its form or not legal.
+
+    What was measured of CUDA C++ kernels that are not there now counts as not measured.
+    """
     try:
-        configs, times = {}, {}
+        configs, times, of_cuda = {}, {}, {}
         for entry in fields["launches"]:
             entry = dict(entry)
             config = DecodeConfig(**entry.pop("config"))
@@ -138,12 +158,21 @@ def from_json(fields: dict, device: Device, source: str) -> Table:
         for entry in fields["problems"]:
             entry = dict(entry)
             seconds = Times(**{key: float(value) for key, value in entry.pop("seconds").items()})
+            config = entry.pop("cuda", None)
             problem = Problem(spec=tuple(entry.pop("spec")), rows=tuple(entry.pop("rows")), **entry)
             _check_ints(problem.tokens, problem.mode, problem.itemsize, *problem.spec, *problem.rows)
+            if config is not None:
+                config = CudaConfig(**config)
+                _check_ints(config.splits)
+                if config.launch not in cuda.LAUNCHES or type(config.bulk) is not bool:
+                    raise ValueError(f"{config} is nothing that the CUDA kernels know")
+                if cuda.missing is not None:
+                    continue
+                of_cuda[problem] = config
             times[problem] = seconds
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source} does not hold what `acip tune` writes: {type(error).__name__} {error}") from None
-    return Table(device, source, configs, times)
+    return Table(device, source, configs, times, of_cuda)
 
 
 def _check_ints(*numbers) -> None:

@@ -1,8 +1,8 @@
 """`fused_linear`: what deployed linear layers compute for a few tokens, on the CPU in one call.
 
 On the CPU the operator is the native extension's (`csrc/bindings.cpp`), because a call has to cost microseconds; on a
-GPU it is `triton.py`'s, and for more tokens than that takes `prefill.py`'s. Here are the names of its arguments'
-values, what it is to torch's compiler, and where it pays.
+GPU it is `triton.py`'s, or `cuda.py`'s where that was measured to be faster, and for more tokens than they take
+`prefill.py`'s. Here are the names of its arguments' values, what it is to torch's compiler, and where it pays.
 
     fused_linear(x, tensors, spec, mode) -> y
 
@@ -86,7 +86,7 @@ def _flops(x_shape, tensor_shapes, spec, mode, *_, out_shape=None, **__) -> int:
 
 
 try:
-    from . import prefill, triton
+    from . import triton
 except ImportError:  # a machine without Triton
     triton = None  # type: ignore[assignment]  # a module, as far as annotations can say
 
@@ -94,6 +94,8 @@ if extension.module is not None or triton is not None:
     if extension.module is None:
         torch.library.define("acip::fused_linear", "(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor")
     if triton is not None:
-        torch.library.impl("acip::fused_linear", "CUDA", prefill.forward)
+        from . import measured
+
+        torch.library.impl("acip::fused_linear", "CUDA", measured.forward)
     torch.library.register_fake("acip::fused_linear", _fake)
     register_flop_formula(torch.ops.acip.fused_linear)(_flops)

@@ -1,4 +1,5 @@
-"""Measures which configs of the Triton kernels are fastest on a GPU, and where they beat torch's products.
+"""Measures which configs of the Triton kernels are fastest on a GPU, whether the CUDA C++ ones are faster still, and
+where they beat torch's products.
 
 Only how the kernels read their weights is varied, never what they compute: outputs differ by the order of their sums.
 """
@@ -15,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...plan import DecodeConfig, Device, Launch, Problem, Times, decode_candidates
+from ...plan import CudaConfig, DecodeConfig, Device, Launch, Problem, Times, decode_candidates
 from ..pivot_linear.reference import place
 from ..quantize import dequantize
 from ..timing import MOST_COPIES, Calls, Timer
-from . import triton
+from . import cuda, triton
 from .measured import problem_of
 from .op import CONCATENATE, DENSE, GATED_MLP, PIVOTED, PLAIN
 
@@ -27,6 +28,9 @@ from .op import CONCATENATE, DENSE, GATED_MLP, PIVOTED, PLAIN
 Measure = Callable[[list[Calls], bool], list[float]]
 
 CANDIDATES = 12
+# Of the CUDA C++ kernels: their two launches, by either kind of copies; then parts of first factors' columns.
+CUDA_CONFIGS = [CudaConfig(launch, 0, bulk) for launch in ("cooperative", "dependent") for bulk in (True, False)]
+CUDA_SPLITS = (1, 2, 3, 4, 6, 8)
 
 
 @dataclasses.dataclass
@@ -53,6 +57,13 @@ class Case:
             functools.partial(triton.forward, self.x, tensors, self.spec, self.mode, choose) for tensors in self.copies
         ]
 
+    def calls_of_cuda(self, config: CudaConfig) -> Calls:
+        """The CUDA C++ kernels with this config, on every copy."""
+        return [
+            lambda tensors=tensors: cuda.forward(self.x, tensors, self.spec, self.mode, **config._asdict())
+            for tensors in self.copies
+        ]
+
     def calls_of_torch(self) -> Calls:
         """What the modules compute without our kernels, on every copy."""
         return [_products(self.x, triton.read_layers(tensors, self.spec), self.mode) for tensors in self.copies]
@@ -60,14 +71,15 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What was found for a case: the config of each of its launches; predicted, seconds with those that the model of
-    `plan` chooses, replayed as a CUDA graph.
+    """What was found for a case: the config of each of Triton's launches; cuda, of the CUDA C++ kernels, if these are
+    the faster ones; predicted, seconds with the launches that the model of `plan` chooses, replayed as a CUDA graph.
     """
 
     case: Case
     configs: dict[Launch, DecodeConfig]
     predicted: float
     times: Times
+    cuda: CudaConfig | None = None
 
 
 def timing(device: torch.device, rounds: int = 20) -> Measure:
@@ -92,7 +104,8 @@ def tune(
     """Yields, case by case, the fastest config of every launch, and the times with them.
 
     One launch is varied at a time, among the `candidates` legal configs that the model of `plan` takes to be fastest,
-    while the others stay as they are; what has been found for a launch holds for all problems that have it.
+    while the others stay as they are; what has been found for a launch holds for all problems that have it. Where the
+    CUDA C++ kernels are built and take the problem, the best of their configs is measured against that.
 
     Args:
         measure: see `timing`.
@@ -116,8 +129,33 @@ def tune(
                 seconds = measure(variants, True)
                 found[launch] = chosen[launch] = tried[seconds.index(min(seconds))]
         ours, torchs = case.calls(chosen.__getitem__), case.calls_of_torch()
-        before, graph, graph_torch = measure([case.calls(predicted.__getitem__), ours, torchs], True)
-        yield Tuned(case, chosen, before, Times(graph, graph_torch, *measure([ours, torchs], False)))
+        variants, of_cuda = [case.calls(predicted.__getitem__), ours, torchs], _fastest_of_cuda(case, measure)
+        if of_cuda is not None:
+            variants.append(case.calls_of_cuda(of_cuda))
+        before, graph, graph_torch, *graph_cuda = measure(variants, True)
+        if graph_cuda and graph_cuda[0] < graph:
+            ours, graph = variants[-1], graph_cuda[0]
+        else:
+            of_cuda = None
+        yield Tuned(case, chosen, before, Times(graph, graph_torch, *measure([ours, torchs], False)), of_cuda)
+
+
+def _fastest_of_cuda(case: Case, measure: Measure) -> CudaConfig | None:
+    """Of the CUDA C++ kernels; None where they are not there, or do not take the problem."""
+    if not cuda.takes(case.x) or len(case.x) > cuda.MOST_TOKENS:
+        return None
+    best = None
+    for number in range(2):
+        tried = CUDA_CONFIGS if number == 0 else [best, *(best._replace(splits=splits) for splits in CUDA_SPLITS)]
+        calls = [case.calls_of_cuda(config) for config in tried]
+        if number == 0:
+            try:
+                calls[0][0]()
+            except RuntimeError:  # numbers or siblings of which Triton's kernels alone know
+                return None
+        seconds = measure(calls, True)
+        best = tried[seconds.index(min(seconds))]
+    return best
 
 
 def launches(case: Case, device: Device) -> list[Launch]:

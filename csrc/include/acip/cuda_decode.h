@@ -55,11 +55,16 @@ struct Device {
 // a barrier. automatic: cooperative, and where it is refused, as on a GPU that others use too, dependent.
 enum class Launch { automatic, cooperative, dependent };
 
+// How weights come to shared memory. bulk: where there are bulk copies (sm_90), by them, but for rows that are not
+// aligned to 16 bytes. threads: each thread copies 16 bytes at a time (cp.async), as on sm_80.
+enum class Copies { bulk, threads };
+
 // How the work is laid out; zeros are chosen. For tests and whoever tunes.
 struct Choices {
     Launch launch = Launch::automatic;
     int splits = 0;  // parts of a first factor's columns
     int slots = 0;   // tiles of weights that a warp has on their way
+    Copies copies = Copies::bulk;
 };
 
 // What a call comes to.
@@ -75,7 +80,7 @@ struct Schedule {
 enum class Status {
     ok,
     invalid,      // a size, pointer or combination that makes no problem
-    unsupported,  // a problem, but not one for these kernels on this device: more tokens, siblings or ranks than fit
+    unsupported,  // a problem, but not one for these kernels on this device: more tokens, siblings or weights
     workspace,    // too small, or not aligned to 256 bytes
     no_device,
     failed,       // CUDA refused the launch
