@@ -626,7 +626,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are shown.")] = 3,
     profiles: Annotated[bool, typer.Option("--profile/--no-profile", help="Where the time goes.")] = True,
     store: Annotated[bool, typer.Option(help="Write the result under bench/results.")] = True,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a dense model, instead of random weights (cuda).", show_default=False)
     ] = None,
