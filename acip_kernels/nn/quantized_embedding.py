@@ -66,6 +66,11 @@ class QuantizedEmbedding(nn.Module):
                     setattr(new, name, torch.cat([part[name] for part in parts]))
         return new.train(embedding.training)
 
+    @property
+    def kind(self) -> str:
+        """As a `QuantizedLinear`'s."""
+        return self.scheme.kind
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that this stands for, in `dtype` or the layer's own."""
         return self._numbers(self.qweight, self.scales, self.zeros, dtype or self.weight.dtype)
