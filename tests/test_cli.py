@@ -368,7 +368,10 @@ def test_compress_has_every_field_of_the_configuration():
         (("materialize", "nowhere", "-s", "0.5", "-o", "x"), "nowhere is not a directory"),
         (("materialize", "{elastic}", "-s", "1.5", "-o", "x"), "size_ratio is what is left, in (0, 1]"),
         (("materialize", "{toy}", "-s", "0.5", "-o", "x"), "is not an elastic checkpoint"),
-        (("materialize", "{elastic}", "-s", "0.5", "-o", "x", "--quantize", "int3"), "one of int8, int4, fp8, got 'int3'"),
+        (
+            ("materialize", "{elastic}", "-s", "0.5", "-o", "x", "--quantize", "int3"),
+            "one of int8, int4, fp8, got 'int3'",
+        ),
         (("materialize", "{elastic}", "-s", "0.5", "-o", "x", "-d", "{text}"), "--data is for --quantize"),
         (("run", "nowhere"), "nowhere is no Python file, no command of an installed Python package, and no module"),
         (("run", "nowhere.py"), "nowhere.py is no file"),
