@@ -158,17 +158,17 @@ def from_json(fields: dict, device: Device, source: str) -> Table:
         for entry in fields["problems"]:
             entry = dict(entry)
             seconds = Times(**{key: float(value) for key, value in entry.pop("seconds").items()})
-            config = entry.pop("cuda", None)
+            fields_of_cuda = entry.pop("cuda", None)
             problem = Problem(spec=tuple(entry.pop("spec")), rows=tuple(entry.pop("rows")), **entry)
             _check_ints(problem.tokens, problem.mode, problem.itemsize, *problem.spec, *problem.rows)
-            if config is not None:
-                config = CudaConfig(**config)
-                _check_ints(config.splits)
-                if config.launch not in cuda.LAUNCHES or type(config.bulk) is not bool:
-                    raise ValueError(f"{config} is nothing that the CUDA kernels know")
+            if fields_of_cuda is not None:
+                chosen = CudaConfig(**fields_of_cuda)
+                _check_ints(chosen.splits)
+                if chosen.launch not in cuda.LAUNCHES or type(chosen.bulk) is not bool:
+                    raise ValueError(f"{chosen} is nothing that the CUDA kernels know")
                 if cuda.missing is not None:
                     continue
-                of_cuda[problem] = config
+                of_cuda[problem] = chosen
             times[problem] = seconds
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{source} does not hold what `acip tune` writes: {type(error).__name__} {error}") from None

@@ -60,7 +60,7 @@ class Case:
     def calls_of_cuda(self, config: CudaConfig) -> Calls:
         """The CUDA C++ kernels with this config, on every copy."""
         return [
-            lambda tensors=tensors: cuda.forward(self.x, tensors, self.spec, self.mode, **config._asdict())
+            functools.partial(cuda.forward, self.x, tensors, self.spec, self.mode, **config._asdict())
             for tensors in self.copies
         ]
 
