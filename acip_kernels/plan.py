@@ -642,17 +642,20 @@ class ProductConfig:
 
 # What is thought of: block_tokens, block_columns, block_k, num_warps, num_stages.
 _PRODUCT_CONFIGS = ((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64, 128), (2, 4, 8), (1, 2, 3, 4))
+_LARGEST_BLOCK = max(block for some in _PRODUCT_CONFIGS[:3] for block in some)
 
 
-def product_configs(product: Product, device: Device) -> Iterator[ProductConfig]:
+@functools.lru_cache(maxsize=1024)
+def product_configs(product: Product, device: Device) -> tuple[ProductConfig, ...]:
     """Every legal configuration out of those that can be of use."""
-    sizes = product.tokens, product.columns, product.depth
+    # No block is larger than this: products that are larger in every way have the same ones.
+    sizes = [min(size, _LARGEST_BLOCK) for size in (product.tokens, product.columns, product.depth)]
+    if sizes != [product.tokens, product.columns, product.depth]:
+        return product_configs(Product(*sizes, product.itemsize, product.kind, product.group), device)
     # The rule would find those that are mostly padding as well, but they are many.
     blocks = [[b for b in some if b < max(2 * size, 33)] for some, size in zip(_PRODUCT_CONFIGS, sizes)]
-    for chosen in itertools.product(*blocks, *_PRODUCT_CONFIGS[3:]):
-        config = ProductConfig(*chosen)
-        if config.why_not(product, device) is None:
-            yield config
+    every = (ProductConfig(*chosen) for chosen in itertools.product(*blocks, *_PRODUCT_CONFIGS[3:]))
+    return tuple(config for config in every if config.why_not(product, device) is None)
 
 
 # A block's start, the first tiles' way from memory and the last results' way back, about.

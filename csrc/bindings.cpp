@@ -1,5 +1,6 @@
 // The kernels as torch operators: checks, outputs, torch's threads.
 #include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -105,7 +106,8 @@ void dropout_add_(Tensor out, const Tensor& x, int64_t seed, int64_t threshold, 
     run_dropout(x, out, true, seed, threshold, scale);
 }
 
-Tensor cross_entropy_(Tensor logits, const Tensor& labels, int64_t ignore, double grad_scale) {
+// Of contiguous logits [rows, classes]: the labels of their rows. Those of `ignore`, if there is one, may be anything.
+const int64_t* check_labels(const Tensor& logits, const Tensor& labels, std::optional<int64_t> ignore) {
     check_rows(logits, "logits");
     TORCH_CHECK(logits.is_contiguous(), "logits must be contiguous");
     TORCH_CHECK(labels.scalar_type() == at::kLong && labels.is_contiguous() && labels.dim() == 1 &&
@@ -117,11 +119,35 @@ Tensor cross_entropy_(Tensor logits, const Tensor& labels, int64_t ignore, doubl
     for (int64_t row = 0; row < rows; ++row)
         TORCH_CHECK(label[row] == ignore || (label[row] >= 0 && label[row] < classes), "label ", label[row],
                     " is outside the ", classes, " classes");
+    return label;
+}
+
+Tensor cross_entropy_(Tensor logits, const Tensor& labels, int64_t ignore, double grad_scale) {
+    const int64_t* label = check_labels(logits, labels, ignore);
+    int64_t rows = logits.size(0), classes = logits.size(1);
     auto dtype = dtype_of(logits);
     Tensor loss = at::empty({rows}, logits.options().dtype(precise(logits)));
     at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
         chosen->cross_entropy(dtype, logits.mutable_data_ptr(), classes, label, ignore, grad_scale,
                               loss.mutable_data_ptr(), begin, end);
+    });
+    return loss;
+}
+
+Tensor soft_cross_entropy_(Tensor logits, const Tensor& teacher, const Tensor& labels, double weight) {
+    const int64_t* label = check_labels(logits, labels, std::nullopt);
+    TORCH_CHECK(teacher.device().is_cpu() && teacher.scalar_type() == logits.scalar_type() && teacher.is_contiguous() &&
+                    teacher.sizes() == logits.sizes(),
+                "teacher must be contiguous ", logits.scalar_type(), " ", logits.sizes(), " on the CPU, got ",
+                teacher.scalar_type(), " ", teacher.sizes());
+    // Its rows are read after the logits' have been written.
+    at::assert_no_overlap(logits, teacher);
+    int64_t rows = logits.size(0), classes = logits.size(1);
+    auto dtype = dtype_of(logits);
+    Tensor loss = at::empty({rows}, logits.options().dtype(precise(logits)));
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+        chosen->soft_cross_entropy(dtype, logits.mutable_data_ptr(), teacher.const_data_ptr(), classes, label, weight,
+                                   loss.mutable_data_ptr(), begin, end);
     });
     return loss;
 }
@@ -470,6 +496,7 @@ TORCH_LIBRARY_FRAGMENT(acip, m) {
     m.def("dropout(Tensor x, int seed, int threshold, float scale) -> Tensor");
     m.def("dropout_add_(Tensor(a!) out, Tensor x, int seed, int threshold, float scale) -> ()");
     m.def("cross_entropy_(Tensor(a!) logits, Tensor labels, int ignore, float grad_scale) -> Tensor");
+    m.def("soft_cross_entropy_(Tensor(a!) logits, Tensor teacher, Tensor labels, float weight) -> Tensor");
     m.def("causal_softmax_(Tensor(a!) scores, int block, float scale, Tensor? log_sums) -> Tensor");
     m.def("softmax_gradient_(Tensor(a!) dp, Tensor p, int block, float scale) -> ()");
     m.def("fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor");
@@ -481,6 +508,7 @@ TORCH_LIBRARY_IMPL(acip, CPU, m) {
     m.impl("dropout", dropout);
     m.impl("dropout_add_", dropout_add_);
     m.impl("cross_entropy_", cross_entropy_);
+    m.impl("soft_cross_entropy_", soft_cross_entropy_);
     m.impl("causal_softmax_", causal_softmax_);
     m.impl("softmax_gradient_", softmax_gradient_);
     m.impl("fused_linear", fused_linear);

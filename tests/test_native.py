@@ -1,5 +1,6 @@
 """The native kernels by themselves, under every instruction set that this processor has; and life without them."""
 
+import itertools
 import os
 import pathlib
 import subprocess
@@ -97,11 +98,37 @@ def test_cross_entropy(isa, classes, dtype):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", extension.DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 15, 16, 17, 1023, 1025, 5000])
+@pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
+def test_soft_cross_entropy(isa, classes, dtype, w):
+    logits, teacher = numbers(4, classes, dtype=dtype) * 30, numbers(4, classes, dtype=dtype, seed=1) * 20
+    labels = torch.tensor([0, classes - 1, classes // 2, 0])
+    exact, log_p = logits.double().requires_grad_(), teacher.double().log_softmax(1)
+    log_q = exact.log_softmax(1)
+    hard = torch.nn.functional.nll_loss(log_q, labels, reduction="none")
+    losses = (1 - w) * hard + w * (log_p.exp() * (log_p - log_q)).sum(1)
+    (gradient,) = torch.autograd.grad(losses.sum(), exact)
+    loss = torch.ops.acip.soft_cross_entropy_(logits, teacher, labels, w)
+    # As above; the divergence is a sum of differences of both logits, whose weights are exponentials and a sum's.
+    relative = torch.finfo(precise(dtype)).eps * (60 + 64 + 8)
+    spans = [t.detach().double().amax(1) - t.detach().double().amin(1) + 1 for t in (exact, teacher)]
+    assert ((loss.double() - losses.detach()).abs() <= 2 * relative * (spans[0] + w * spans[1])).all()
+    magnitude = log_q.detach().exp() + w * log_p.exp() + (1 - w) * torch.nn.functional.one_hot(labels, classes)
+    bound = relative * magnitude + torch.finfo(dtype).eps / 2 * gradient.abs() + relative**2
+    operators.assert_within(bound, logits, gradient)
+
+
+@needs_native
 def test_a_logit_that_is_no_number_is_no_finite_loss(isa):
-    for bad in (float("nan"), float("inf")):
-        logits = numbers(1, 40, dtype=torch.float32)
-        logits[0, 7] = bad
-        assert not torch.isfinite(torch.ops.acip.cross_entropy_(logits, torch.tensor([3]), -100, 1.0)).any()
+    for bad, at in itertools.product((float("nan"), float("inf")), (0, 7)):
+        logits, label = numbers(1, 40, dtype=torch.float32), torch.tensor([3])
+        of_student, of_teacher, bad_logits = logits.clone(), logits.clone(), logits.clone()
+        bad_logits[0, at] = bad
+        assert not torch.isfinite(torch.ops.acip.soft_cross_entropy_(of_student, bad_logits, label, 0.5)).any()
+        bad_student = bad_logits.clone()
+        assert not torch.isfinite(torch.ops.acip.soft_cross_entropy_(bad_student, of_teacher, label, 0.5)).any()
+        assert not torch.isfinite(torch.ops.acip.cross_entropy_(bad_logits, label, -100, 1.0)).any()
 
 
 @needs_native
@@ -112,8 +139,11 @@ def test_two_threads_give_the_bits_of_one(isa, dtype):
                    (((300, 700), dtype), ((300, 700), dtype), ((700,), precise(dtype))))  # fmt: skip
         logits = numbers(300, 700, dtype=dtype)
         loss = torch.ops.acip.cross_entropy_(logits, torch.arange(300), -100, 1.0)
+        student, teacher = numbers(300, 700, dtype=dtype, seed=6), numbers(300, 700, dtype=dtype, seed=7)
+        soft = torch.ops.acip.soft_cross_entropy_(student, teacher, torch.arange(300), 0.5), student
         scaled = torch.ops.acip.scale_ranks(z, s)
-        return scaled, torch.ops.acip.mask_gradient_(z, h, s), h, dropout.drop(z, 0.3, torch.tensor([5])), loss, logits
+        dropped = dropout.drop(z, 0.3, torch.tensor([5]))
+        return scaled, torch.ops.acip.mask_gradient_(z, h, s), h, dropped, loss, logits, *soft
 
     one = everything()
     with operators.threads(2):
@@ -140,6 +170,11 @@ def test_two_threads_give_the_bits_of_one(isa, dtype):
         lambda ops: ops.cross_entropy_(torch.ones(2, 4), torch.tensor([0]), -100, 1.0),
         lambda ops: ops.cross_entropy_(torch.ones(2, 4), torch.tensor([0.0, 1.0]), -100, 1.0),
         lambda ops: ops.cross_entropy_(torch.ones(2, 0), torch.tensor([-100, -100]), -100, 1.0),
+        lambda ops: ops.soft_cross_entropy_(torch.ones(2, 4), torch.ones(2, 4), torch.tensor([0, -100]), 0.5),
+        lambda ops: ops.soft_cross_entropy_(torch.ones(2, 4), torch.ones(2, 5), torch.tensor([0, 1]), 0.5),
+        lambda ops: ops.soft_cross_entropy_(torch.ones(2, 4), torch.ones(2, 4).double(), torch.tensor([0, 1]), 0.5),
+        lambda ops: ops.soft_cross_entropy_(torch.ones(2, 4), torch.ones(4, 2).t(), torch.tensor([0, 1]), 0.5),
+        lambda ops: ops.soft_cross_entropy_(*[torch.ones(2, 4)] * 2, torch.tensor([0, 1]), 0.5),
     ],
 )
 def test_wrong_arguments_raise(call):

@@ -24,6 +24,7 @@ from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.nested import RANKING, NestedTraining
 from acip_kernels.models import distill
 from acip_kernels.nn.nested_linear import NestedLinear, balanced, takes_effective_weight
+from acip_kernels.ops import extension
 
 BATCHES = [{"input_ids": toys.token_ids(seed=seed)} for seed in range(4)]
 SHORT = {"steps": 6, "warmup_steps": 2, "learning_rate": 1e-3, "calibration_batches": 4, "dtype": "float32"}
@@ -287,9 +288,13 @@ def test_a_configuration_comes_back():
 
 @pytest.mark.parametrize("w", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("head", [True, False])
-def test_the_soft_loss_and_its_gradient(w, head, monkeypatch):
+@pytest.mark.parametrize("native", [True, False])
+def test_the_soft_loss_and_its_gradient(w, head, native, monkeypatch):
     """Against autograd through the formula in float64; in blocks of rows, the last one smaller."""
-    monkeypatch.setattr(distill, "_CHUNK_ELEMENTS", 1)  # 32 rows at a time
+    monkeypatch.setattr(distill, "_CHUNK_ELEMENTS", 1)  # 24 rows at a time
+    monkeypatch.setattr(distill, "_ROW_ELEMENTS", 55)  # 5 of them
+    if not native:
+        monkeypatch.setattr(extension, "takes", lambda x: False)
     generator = torch.Generator().manual_seed(0)
 
     def random(*size):

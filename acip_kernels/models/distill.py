@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..ops import extension
 from .loss import IGNORE, CausalLoss
 
-# Logits made at a time; those of teacher and student, and their gradient, are three such blocks.
-_CHUNK_ELEMENTS = 2**24
-# Of those, what is turned into probabilities at a time: a few passes over what a processor's caches hold.
+# Logits made at a time, the teacher's and as many of the student, which its gradient takes the place of.
+_CHUNK_ELEMENTS = 2**25
+# Of those, what torch turns into probabilities at a time on a CPU: a few passes over what its caches hold.
 _ROW_ELEMENTS = 2**18
 
 
@@ -73,28 +74,21 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, teacher, labels, weight, bias, w):
         precise = torch.promote_types(x.dtype, torch.float32)
         classes = x.shape[1] if weight is None else weight.shape[0]
-        chunk, rows = max(32, _CHUNK_ELEMENTS // classes), max(1, _ROW_ELEMENTS // classes)
+        # As few chunks as there have to be, all about as long: each reads all of the weight.
+        chunks = -(-len(x) // max(32, _CHUNK_ELEMENTS // classes))
+        chunk = -(-len(x) // max(1, chunks))
         dx, losses = torch.empty_like(x), []
 
         def logits(states):
             return states if weight is None else nn.functional.linear(states, weight, bias)
 
-        for start in range(0, len(x), chunk):
+        for start in range(0, len(x), max(1, chunk)):
             part = slice(start, start + chunk)
-            student, taught, label = logits(x[part]), logits(teacher[part]), labels[part, None]
-            # The gradient takes the place of the student's logits, which may be the caller's where there is no head.
-            gradient = student if weight is not None else torch.empty_like(student)
-            for first in range(0, len(label), rows):
-                few = slice(first, first + rows)
-                log_q, log_p = (t[few].to(precise).log_softmax(1) for t in (student, taught))
-                hard = -log_q.gather(1, label[few])[:, 0]
-                p = log_p.exp()
-                soft = torch.linalg.vecdot(p, log_p.sub_(log_q))
-                losses.append((1 - w) * hard + w * soft)
-                d = log_q.exp_().sub_(p, alpha=w)
-                d.scatter_add_(1, label[few], d.new_full((1, 1), w - 1.0).expand(len(d), 1))
-                gradient[few] = d
-            dx[part] = gradient if weight is None else gradient @ weight
+            student, taught = logits(x[part]), logits(teacher[part])
+            # The gradient takes the place of the student's logits, but for the caller's own, where there is no head.
+            student = student.clone(memory_format=torch.contiguous_format) if weight is None else student
+            losses.append(_soft_cross_entropy_(student, taught.to(student.dtype), labels[part], w))
+            dx[part] = student if weight is None else student @ weight
         ctx.save_for_backward(dx)
         return torch.cat(losses).sum() if losses else x.new_zeros((), dtype=precise)
 
@@ -102,3 +96,21 @@ class _SoftCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         (dx,) = ctx.saved_tensors
         return (dx * g).to(dx.dtype), None, None, None, None, None
+
+
+def _soft_cross_entropy_(logits: Tensor, teacher: Tensor, labels: Tensor, w: float) -> Tensor:
+    """The loss of every row, float32 or better; `logits [tokens, classes]` become their gradient."""
+    if extension.takes(logits):
+        return torch.ops.acip.soft_cross_entropy_(logits, teacher.contiguous(), labels.contiguous(), w)
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    rows = max(1, _ROW_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    losses = [logits.new_empty(0, dtype=precise)]
+    for few, taught, label in zip(logits.split(rows), teacher.split(rows), labels[:, None].split(rows), strict=True):
+        log_q, log_p = (t.to(precise).log_softmax(1) for t in (few, taught))
+        hard = -log_q.gather(1, label)[:, 0]
+        p = log_p.exp()
+        soft = torch.linalg.vecdot(p, log_p.sub_(log_q))
+        losses.append((1 - w) * hard + w * soft)
+        d = log_q.exp_().sub_(p, alpha=w)
+        few.copy_(d.scatter_add_(1, label, d.new_full((1, 1), w - 1.0).expand(len(d), 1)))
+    return torch.cat(losses)

@@ -144,6 +144,54 @@ void cross_entropy(T* logits, int64_t classes, const int64_t* labels, int64_t ig
     }
 }
 
+template <class T>
+void soft_cross_entropy(T* logits, const T* teacher, int64_t classes, const int64_t* labels, double weight,
+                        wide<T>* loss, int64_t begin, int64_t end) {
+    using W = wide<T>;
+    constexpr int lanes = 16;
+    for (int64_t row = begin; row < end; ++row) {
+        T* x = logits + row * classes;
+        const T* t = teacher + row * classes;
+        W most = to_float(x[0]), taught_most = to_float(t[0]);
+#pragma omp simd reduction(max : most, taught_most)
+        for (int64_t i = 0; i < classes; ++i) {
+            most = to_float(x[i]) > most ? to_float(x[i]) : most;
+            taught_most = to_float(t[i]) > taught_most ? to_float(t[i]) : taught_most;
+        }
+        // As in cross_entropy; and of the teacher's exponentials, their products with the difference of both logits.
+        double sum = 0, taught_sum = 0, product = 0;
+        for (int64_t block = 0; block < classes; block += 1024) {
+            int64_t last = block + 1024 < classes ? block + 1024 : classes;
+            W parts[lanes] = {}, taught_parts[lanes] = {}, products[lanes] = {};
+            auto add = [&](int64_t i, int lane) {
+                W own = to_float(x[i]) - most, taught = to_float(t[i]) - taught_most, power = exponential(taught);
+                parts[lane] += exponential(own);
+                taught_parts[lane] += power;
+                products[lane] += power * (taught - own);
+            };
+            int64_t i = block;
+            for (; i + lanes <= last; i += lanes)
+                for (int lane = 0; lane < lanes; ++lane) add(i + lane, lane);
+            for (; i < last; ++i) add(i, 0);
+            for (int lane = 0; lane < lanes; ++lane)
+                sum += parts[lane], taught_sum += taught_parts[lane], product += products[lane];
+        }
+        W label_logit = to_float(x[labels[row]]), taught_label_logit = to_float(t[labels[row]]);
+        double log_sum = std::log(sum), hard = log_sum + (double(most) - double(label_logit));
+        loss[row] = W((1 - weight) * hard + weight * (product / taught_sum - std::log(taught_sum) + log_sum));
+        W scale = W(1 / sum), taught_scale = W(weight / taught_sum);
+#pragma omp simd
+        for (int64_t i = 0; i < classes; ++i)
+            from_float(x + i, exponential(to_float(x[i]) - most) * scale -
+                                  exponential(to_float(t[i]) - taught_most) * taught_scale);
+        from_float(x + labels[row], exponential(label_logit - most) * scale - W(1 - weight) -
+                                        exponential(taught_label_logit - taught_most) * taught_scale);
+        // As there: what is no number must not become one.
+        if (!(most - most == 0) || !(taught_most - taught_most == 0) || !std::isfinite(sum + taught_sum))
+            loss[row] = std::numeric_limits<W>::quiet_NaN();
+    }
+}
+
 // Sixteen running sums: one order for every instruction set, and enough of them to hide an addition's latency.
 constexpr int64_t kLanes = 16;
 
@@ -253,6 +301,12 @@ void cross_entropy_of(Dtype dtype, void* logits, int64_t classes, const int64_t*
                                 static_cast<wide<T>*>(loss), begin, end))
 }
 
+void soft_cross_entropy_of(Dtype dtype, void* logits, const void* teacher, int64_t classes, const int64_t* labels,
+                           double weight, void* loss, int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(soft_cross_entropy(static_cast<T*>(logits), static_cast<const T*>(teacher), classes, labels, weight,
+                                     static_cast<wide<T>*>(loss), begin, end))
+}
+
 void causal_softmax_of(Dtype dtype, void* scores, int64_t ld, int64_t keys, int64_t block, double scale,
                        void* log_sums, bool known, int64_t begin, int64_t end) {
     ACIP_BY_DTYPE(causal_softmax(static_cast<T*>(scores), ld, keys, block, wide<T>(scale),
@@ -271,8 +325,10 @@ void softmax_gradient_of(Dtype dtype, void* dp, const void* p, int64_t ld, int64
 }  // namespace
 
 extern const Training training_table;
-const Training training_table = {ACIP_TEXT(ACIP_ISA), scale_ranks_of,    mask_gradient_of,   dropout_of,
-                        cross_entropy_of,   causal_softmax_of, softmax_gradient_of};
+const Training training_table = {
+    ACIP_TEXT(ACIP_ISA), scale_ranks_of,         mask_gradient_of,  dropout_of,
+    cross_entropy_of,    soft_cross_entropy_of, causal_softmax_of, softmax_gradient_of,
+};
 
 }  // namespace ACIP_ISA
 }  // namespace acip

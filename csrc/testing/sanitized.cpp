@@ -182,6 +182,16 @@ void training(const Training& kernels, Dtype dtype, int64_t rows, int64_t cols) 
         for (int64_t i = 0; i < cols; ++i) total += out[t * cols + i];
         check(total, 0, 2, Number::f32, cols, "cross-entropy");
     }
+    for (int64_t t = 0; t < rows; ++t) labels[t] = std::max<int64_t>(labels[t], 0);
+    for (double weight : {0.0, 0.3, 1.0}) {
+        std::copy(before.get(), before.get() + rows * cols, out.get());
+        kernels.soft_cross_entropy(dtype, out.get(), z.get(), cols, labels.data(), weight, loss.get(), 0, rows);
+        for (int64_t t = 0; t < rows; ++t) {
+            double total = 0;
+            for (int64_t i = 0; i < cols; ++i) total += out[t * cols + i];
+            check(total, 0, 2, Number::f32, cols + 40, "soft cross-entropy");
+        }
+    }
     int64_t block = cols < 3 ? cols : 3, queries = block * 2;
     auto scores = array(queries * cols), dp = array(queries * cols), sums = array(queries);
     for (int64_t i = 0; i < queries * cols; ++i) scores[i] = T(between(-3, 3)), dp[i] = T(between(-1, 1));

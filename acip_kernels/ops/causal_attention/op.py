@@ -7,6 +7,8 @@ once, and what is between them is one pass over scores that lie in the cache.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -15,18 +17,27 @@ from .. import extension
 from . import reference
 
 OPERATOR = "causal_attention"
-# Queries at a time: fewer leave out more of what is hidden from them, more make larger products; see
-# `bench.training_parts`.
-BLOCK = 128
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, block: int = BLOCK) -> Tensor:
+def queries_at_a_time(q: Tensor) -> int:
+    """A power of two, 64 to 256. Fewer leave out more of what is hidden from them, more make fewer calls.
+
+    What is computed in vain grows with the block and the heads, what calls cost with the number of blocks: so the best
+    block is `√(calls / heads)`, `calls` being what they cost, in products of a head; as `bench.training_parts` has it.
+    """
+    calls = 9e5 if q.element_size() == 2 else 1.3e5
+    return 2 ** min(8, max(6, round(math.log2(calls / max(1, q.shape[0] * q.shape[1])) / 2)))
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, block: int | None = None
+) -> Tensor:
     """`softmax(scale · q kᵀ) v` over the keys up to each query's own place.
 
     Args:
         q: `[batch, heads, length, width]`. k, v: `[batch, key_heads, length, width]`, in q's dtype; `heads` is a
             multiple of `key_heads`, and query head `i` uses key head `i // (heads / key_heads)`.
-        scale: None for `1 / √width`. block: queries that are computed at a time.
+        scale: None for `1 / √width`. block: queries that are computed at a time, None for `queries_at_a_time`.
 
     Returns:
         `[batch, heads, length, width]` in q's dtype, the memory of `[batch, length, heads, width]`. Differentiable in
@@ -48,6 +59,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
             f"{OPERATOR}: q, k and v must be of one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
             f"on {q.device}, {k.device} and {v.device}"
         )
+    block = queries_at_a_time(q) if block is None else block
     if block < 1:
         raise ValueError(f"{OPERATOR}: block must be at least 1, got {block}")
     return torch.ops.acip.causal_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, block)[0]

@@ -35,6 +35,12 @@ struct Training {
     void (*cross_entropy)(Dtype dtype, void* logits, int64_t classes, const int64_t* labels, int64_t ignore,
                           double grad_scale, void* loss, int64_t begin, int64_t end);
 
+    // Rows [begin, end) of logits and a teacher's, [rows, classes], of which q and p are the softmax: loss[row] =
+    // (1 - weight) · -log q[label] + weight · Σ p log(p / q), and the logits are overwritten by its gradient,
+    // q - (1 - weight) · one-hot - weight · p.
+    void (*soft_cross_entropy)(Dtype dtype, void* logits, const void* teacher, int64_t classes, const int64_t* labels,
+                               double weight, void* loss, int64_t begin, int64_t end);
+
     // Rows [begin, end) of scores [rows, ld], of which row r has a query at `r % block` of a block that ends with column
     // `keys` - 1: it sees columns up to `keys - block + r % block`. In place: the probabilities of a softmax over
     // `scale` times what it sees, and zero elsewhere. `log_sums[r]` (float32, float64 for f64) is written, the log of
