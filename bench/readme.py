@@ -294,7 +294,11 @@ def quality_tables(stored: list[dict]) -> list[str]:
         f"the same {setting['calibration_tokens'] / 1000:.0f} k tokens. Sizes are what is stored of the factorized "
         "layers, everything in them counted.\n"
     ]
-    for text, name in (("wikipedia", "Wikipedia, held-out articles"), ("news", "Newswire, which no method has seen")):
+    for text, name in (
+        ("wikipedia", "Wikipedia, held-out articles"),
+        ("quick", f"the first {quality.QUICK} windows of the same articles, where the dense model does better"),
+        ("news", "newswire, which no method has seen"),
+    ):
         if not any(text in row for result in stored for row in result["rows"]):
             continue
         parts.append(f"Perplexity on {name}:\n")
