@@ -1,9 +1,10 @@
 """What the Triton kernels become on each GPU: `python -m bench.kernel_builds`, on a machine without one.
 
-Every launch that `plan` chooses for the layers of Llama-3.1-8B and Qwen2.5-7B (of many tokens: Llama's), on every
-device of its table, is compiled ahead of time for that device's machine code, and registers, spills, shared memory and
-the instructions that matter are written down. No time is measured here: there is nothing to run it on. What is stored
-of the same kernels by the same Triton is not compiled again, so that an interrupted run goes on.
+Every launch that `plan` chooses for what `bench.kernels_gpu` measures, on every device of its table, is compiled ahead
+of time for that device's machine code, and registers, spills, shared memory and the instructions that matter are
+written down: the layers of Llama-3.1-8B and Qwen2.5-7B, alone and in their groups, and their training steps; at three
+sizes, 1 to 4096 tokens, in every form and format. No time is measured here: there is nothing to run it on. What is
+stored of the same kernels by the same Triton is not compiled again, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ RESULTS = ROOT / "bench" / "results" / "kernel_builds.json"
 # hidden, outputs of q and of k and v, intermediate, whether q, k and v have a bias
 MODELS = {"Llama-3.1-8B": (4096, 4096, 1024, 14336, False), "Qwen2.5-7B": (3584, 3584, 512, 18944, True)}
 RATIOS = (0.8, 0.5, 0.25)
-TOKENS, MANY = (1, 16), (64, 4096)
+FEW, MANY = (1, 4, 16), (64, 512, 4096)
+RANK_MULTIPLE = 64
 KINDS = {"bfloat16": op.PLAIN, "int8": op.INT8, "int4": op.INT4_ZEROS, "fp8": op.FP8}
 FORMS = {"dense": op.DENSE, "factors": op.FACTORS, "pivoted": op.PIVOTED}
 GROUP = 64
@@ -62,15 +64,21 @@ def weight(rows: int, cols: int, kind: int) -> tuple[list[torch.Tensor], tuple[i
     return tensors, (kind, cols, GROUP if name == "int4" else 0)
 
 
+def rank_at(ratio: float, out: int, in_: int, pivoted: bool) -> int:
+    """The largest rank, a multiple of 64 where there are that many, of no more than `ratio` of the weights."""
+    sides, budget = out + in_, ratio * out * in_
+    rank = (sides - math.sqrt(max(0.0, sides * sides - 4 * budget))) / 2 if pivoted else budget / sides
+    rank = min(int(rank), min(out, in_))
+    return rank // RANK_MULTIPLE * RANK_MULTIPLE or max(1, rank)
+
+
 def layer(form: int, out: int, in_: int, ratio: float, kind: int, bias: bool) -> tuple[list[torch.Tensor], list[int]]:
-    """A layer of `ratio` of the size, its rank a multiple of 64, as `fused_linear` takes it."""
+    """A layer of `ratio` of the size as `fused_linear` takes it."""
     if form == op.DENSE:
         tensors, spec = weight(out, in_, kind)
         spec = [form, 2 * bias, *spec]
     else:
-        both, budget = out + in_, ratio * out * in_
-        rank = budget / both if form == op.FACTORS else (both - (both * both - 4 * budget) ** 0.5) / 2
-        rank = max(64, int(min(rank, min(out, in_) - 64)) // 64 * 64)
+        rank = rank_at(ratio, out, in_, form == op.PIVOTED)
         first, of_first = weight(rank, in_, kind)
         second, of_second = weight(out if form == op.FACTORS else out - rank, rank, kind)
         tensors, spec = first + second, [form, 2 * bias, *of_first, *of_second]
@@ -81,75 +89,86 @@ def layer(form: int, out: int, in_: int, ratio: float, kind: int, bias: bool) ->
 
 def problems() -> Iterator[tuple[str, Callable[[Device], object]]]:
     """`(name, what launches it for a device)` of every group of layers at every size, form and number."""
-    yield from few_tokens()
-    yield from many_tokens()
+    yield from deployed()
+    yield from training()
 
 
-def few_tokens() -> Iterator[tuple[str, Callable[[Device], object]]]:
-    from acip_kernels.ops.fused_linear import triton
+def deployed() -> Iterator[tuple[str, Callable[[Device], object]]]:
+    """Forward passes; of many tokens, all that our kernels can do, as `plan` would have them where they pay."""
+    from acip_kernels.ops.fused_linear import prefill, triton
 
-    for (model, (hidden, q, kv, middle, bias)), ratio, tokens, (kind_name, kind), (
-        form_name,
-        form,
-    ) in itertools.product(MODELS.items(), RATIOS, TOKENS, KINDS.items(), FORMS.items()):
-        if ratio != (RATIOS[0] if form == op.DENSE else 0.5 if kind == op.FP8 else ratio):
+    for (model, (hidden, q, kv, middle, bias)), (form_name, form), (kind_name, kind), ratio in itertools.product(
+        MODELS.items(), FORMS.items(), KINDS.items(), RATIOS
+    ):
+        if form == op.DENSE and ratio != RATIOS[0]:
             continue
+        siblings = [(q, hidden, bias), (kv, hidden, bias), (kv, hidden, bias)]
+        mlp = [(middle, hidden, False), (middle, hidden, False), (hidden, middle, False)]
         groups = {
+            "q/k/v": (siblings, op.CONCATENATE),
+            "q": (siblings[:1], op.CONCATENATE),
+            "k": (siblings[1:2], op.CONCATENATE),
             "o": ([(hidden, q, False)], op.CONCATENATE),
-            "q/k/v": ([(q, hidden, bias), (kv, hidden, bias), (kv, hidden, bias)], op.CONCATENATE),
-            "MLP": ([(middle, hidden, False), (middle, hidden, False), (hidden, middle, False)], op.GATED_MLP),
+            "gate/up": (mlp[:2], op.SWIGLU),
+            "MLP": (mlp, op.GATED_MLP),
+            "down": (mlp[2:], op.CONCATENATE),
         }
         for group, (members, mode) in groups.items():
             made = [layer(form, out, in_, ratio, kind, biased) for out, in_, biased in members]
             tensors = [tensor for some, _ in made for tensor in some]
             spec = [number for _, some in made for number in some]
-            x = meta((tokens, members[0][1]), torch.bfloat16)
+            for tokens in FEW + MANY:
+                x = meta((tokens, members[0][1]), torch.bfloat16)
 
-            def call(device, x=x, tensors=tensors, spec=spec, mode=mode):
-                return triton.forward(x, tensors, spec, mode, device=device)
+                def call(device, x=x, tensors=tensors, spec=spec, mode=mode):
+                    if len(x) <= triton.MOST_TOKENS:
+                        return triton.forward(x, tensors, spec, mode, device=device)
+                    return prefill.forward(x, tensors, spec, mode, "ours")
 
-            yield f"{model} {group} {form_name} {kind_name} {ratio:g} {tokens}", call
+                yield f"{model} {group} {form_name} {kind_name} {ratio:g} {tokens}", call
 
 
-def many_tokens() -> Iterator[tuple[str, Callable[[Device], object]]]:
-    """Of Llama's layers at half their size: masked products, by either way; quantized and pivoted ones."""
+def training() -> Iterator[tuple[str, Callable[[Device], object]]]:
+    """Masked products by either way, with an adapter too; and a gradient's way through quantized factors."""
     from acip_kernels.ops import triton_products as kernels
-    from acip_kernels.ops.fused_linear import prefill, triton
+    from acip_kernels.ops.fused_linear import triton
 
     def numbers(*shape):
         return meta(shape, torch.bfloat16)
 
-    ratio, model = 0.5, next(iter(MODELS))
-    hidden, q, _, middle, _ = MODELS[model]
-    for tokens, (kind_name, kind) in itertools.product(MANY, KINDS.items()):
-        for name, out, in_ in (("o", hidden, q), ("up", middle, hidden), ("down", hidden, middle)):
+    for (model, (hidden, q, kv, middle, bias)), (kind_name, kind), ratio, tokens in itertools.product(
+        MODELS.items(), KINDS.items(), RATIOS, MANY
+    ):
+        layers = {
+            "q": (q, hidden, bias),
+            "k": (kv, hidden, bias),
+            "o": (hidden, q, False),
+            "up": (middle, hidden, False),
+            "down": (hidden, middle, False),
+        }
+        for name, (out, in_, biased) in layers.items():
             tensors, spec = layer(op.FACTORS, out, in_, ratio, kind, False)
             (factors,), rank = triton.read_layers(tensors, spec), tensors[0].shape[0]
-            S = meta((rank,), torch.float32)
+            S, b = meta((rank,), torch.float32), numbers(out) if biased else None
 
-            def masked(_, tokens=tokens, out=out, rank=rank, S=S, factors=factors, kind=kind):
-                kernels.forward_product(numbers(tokens, rank), factors.second, S, S, numbers(out))
+            def masked(_, tokens=tokens, out=out, rank=rank, S=S, b=b, factors=factors, kind=kind):
+                kernels.forward_product(numbers(tokens, rank), factors.second, S, S, b)
                 kernels.backward_product(numbers(tokens, out), factors.second, numbers(tokens, rank), S, S)
                 if kind == op.PLAIN:
                     kernels.scale(numbers(tokens, rank), S, S)
                     kernels.scale_and_reduce(*[numbers(tokens, rank)] * 2, S, S, 1.0)
 
-            def joined(_, tokens=tokens, out=out, rank=rank, S=S):  # an adapter of rank 32
+            def joined(_, tokens=tokens, out=out, rank=rank, S=S, b=b):  # an adapter of rank 32
                 U, z = numbers(out, rank + 32), numbers(tokens, rank + 32)
-                kernels.forward_product(z, U, S, S, None, 32)
+                kernels.forward_product(z, U, S, S, b, 32)
                 kernels.backward_product(numbers(tokens, out), U, z, S, S, 1.0, 32)
 
-            def linear(_, tokens=tokens, in_=in_, rank=rank, factors=factors):
-                kernels.forward_product(numbers(tokens, in_), factors.first)
+            def linear(_, tokens=tokens, out=out, rank=rank, factors=factors):
                 kernels.backward_product(numbers(tokens, rank), factors.first)
+                kernels.backward_product(numbers(tokens, out), factors.second)
 
-            def pivoted(_, tokens=tokens, out=out, in_=in_, kind=kind):
-                tensors, spec = layer(op.PIVOTED, out, in_, ratio, kind, False)
-                prefill.pivoted(numbers(tokens, in_), *triton.read_layers(tensors, spec), numbers(tokens, out), "ours")
-
-            about = f"{model} {name} {kind_name} {tokens}"
+            about = f"{model} {name} {kind_name} {ratio:g} {tokens}"
             yield f"masked {about}", masked
-            yield f"pivoted {about}", pivoted
             if kind == op.PLAIN:
                 yield f"adapter {about}", joined
             else:

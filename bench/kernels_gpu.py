@@ -51,11 +51,9 @@ from acip_kernels.ops.quantize import shapes
 from acip_kernels.ops.timing import CACHES, MOST_COPIES, Timer
 
 from .decode_cpu import bytes_of
-from .kernel_builds import GROUP, MODELS
+from .kernel_builds import FEW, GROUP, MANY, MODELS, RATIOS, rank_at
 from .training_step import ROOT, markdown
 
-FEW, MANY = (1, 4, 16), (64, 512, 4096)
-RATIOS = (0.8, 0.5, 0.25)
 # A form and a kind of numbers. Those of MORE are cases of their own, at half the size.
 FORMATS = {
     "factors": (op.FACTORS, op.PLAIN),
@@ -70,7 +68,6 @@ MORE = {
     for kind in ("int8", "int4", "fp8")
 }
 CUDA_LAUNCHES = {"CUDA": "cooperative", "CUDA, dependent": "dependent"}
-RANK_MULTIPLE = 64
 MODES = {"silu": op.SWIGLU, "mlp": op.GATED_MLP, "": op.CONCATENATE}
 CACHED, HEAD = 1024, 128  # tokens in a block's cache; size of a head
 COMPILED = "max-autotune-no-cudagraphs"
@@ -159,14 +156,6 @@ def problems(models=tuple(MODELS), tokens=FEW + MANY, ratios=RATIOS) -> list[Pro
             if count in tokens
         ]
     return sorted(found, key=lambda problem: problem.importance)
-
-
-def rank_at(ratio: float, out: int, in_: int, pivoted: bool) -> int:
-    """The largest rank, a multiple of 64 where there are that many, of no more than `ratio` of the weights."""
-    sides, budget = out + in_, ratio * out * in_
-    rank = (sides - math.sqrt(max(0.0, sides * sides - 4 * budget))) / 2 if pivoted else budget / sides
-    rank = min(int(rank), min(out, in_))
-    return rank // RANK_MULTIPLE * RANK_MULTIPLE or max(1, rank)
 
 
 # ---- variants

@@ -1,9 +1,9 @@
 """What is lost at which size, by every method: `python -m bench.quality [--method nested --seed 0 ...]`.
 
-SmolLM2-135M, calibrated (and trained) on Wikipedia articles, all but the last 40; perplexity on the last 20 (`quick` are
-their first 8 windows, for a look), and on newswire, which no method sees. The 20 between them are what `bench.quality_search` chose the recipe on. Every method
-gets the same calibration tokens. A result is written after every size that has been evaluated, and an interrupted call
-goes on where it was.
+SmolLM2-135M, calibrated (and trained) on Wikipedia articles, all but the last 40; perplexity on the last 20 (`quick`:
+their first 8 windows, for a look), and on newswire, which no method sees. The 20 between them are what
+`bench.quality_search` chose the recipe on. Every method gets the same calibration tokens. A result is written after
+every size that has been evaluated, and an interrupted call goes on where it was.
 
 Methods: `nested` (the default of `acip compress`); `importance`, its ranking without training; `acip`, the paper's run
 on a schedule of as many tokens; `svd_llm` (uniform), `svd_llm_v2`, `asvd`, `svd`, in two factors as they are published;
