@@ -248,7 +248,8 @@ def _look(method, methods):
     """(colour, marker) of a method; ours, ACIP and plain SVD look the same in every plot."""
     order = ["nested", "acip", "svd", *(name for name in methods if name not in ("nested", "acip", "svd"))]
     number = order.index(method)
-    return _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
+    # Where colours begin anew, markers are others.
+    return _COLOURS[number % len(_COLOURS)], _MARKERS[(number + number // len(_COLOURS)) % len(_MARKERS)]
 
 
 def _draw_line(axes, points, edge, colour, marker):

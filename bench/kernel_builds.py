@@ -37,7 +37,14 @@ MODELS = {"Llama-3.1-8B": (4096, 4096, 1024, 14336, False), "Qwen2.5-7B": (3584,
 RATIOS = (0.8, 0.5, 0.25)
 FEW, MANY = (1, 4, 16), (64, 512, 4096)
 RANK_MULTIPLE = 64
-KINDS = {"bfloat16": op.PLAIN, "int8": op.INT8, "int4": op.INT4_ZEROS, "fp8": op.FP8}
+# What weights are, and what is multiplied with them.
+KINDS = {
+    "bfloat16": (op.PLAIN, torch.bfloat16),
+    "float32": (op.PLAIN, torch.float32),
+    "int8": (op.INT8, torch.bfloat16),
+    "int4": (op.INT4_ZEROS, torch.bfloat16),
+    "fp8": (op.FP8, torch.bfloat16),
+}
 FORMS = {"dense": op.DENSE, "factors": op.FACTORS, "pivoted": op.PIVOTED}
 GROUP = 64
 # What machine code is made for which device: what Triton compiles for sm_89 is sm_80's, but for fp8's instructions.
@@ -56,9 +63,11 @@ def meta(shape, dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def weight(rows: int, cols: int, kind: int) -> tuple[list[torch.Tensor], tuple[int, int, int]]:
+def weight(
+    rows: int, cols: int, kind: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[torch.Tensor], tuple[int, int, int]]:
     if kind == op.PLAIN:
-        return [meta((rows, cols), torch.bfloat16)], (kind, cols, 0)
+        return [meta((rows, cols), dtype)], (kind, cols, 0)
     name = {op.INT8: "int8", op.FP8: "fp8"}.get(kind, "int4")
     tensors = [meta(*spec) for spec in shapes(rows, cols, name, GROUP, kind == op.INT4).values()]
     return tensors, (kind, cols, GROUP if name == "int4" else 0)
@@ -72,19 +81,21 @@ def rank_at(ratio: float, out: int, in_: int, pivoted: bool) -> int:
     return rank // RANK_MULTIPLE * RANK_MULTIPLE or max(1, rank)
 
 
-def layer(form: int, out: int, in_: int, ratio: float, kind: int, bias: bool) -> tuple[list[torch.Tensor], list[int]]:
+def layer(
+    form: int, out: int, in_: int, ratio: float, kind: int, dtype: torch.dtype, bias: bool
+) -> tuple[list[torch.Tensor], list[int]]:
     """A layer of `ratio` of the size as `fused_linear` takes it."""
     if form == op.DENSE:
-        tensors, spec = weight(out, in_, kind)
+        tensors, spec = weight(out, in_, kind, dtype)
         spec = [form, 2 * bias, *spec]
     else:
         rank = rank_at(ratio, out, in_, form == op.PIVOTED)
-        first, of_first = weight(rank, in_, kind)
-        second, of_second = weight(out if form == op.FACTORS else out - rank, rank, kind)
+        first, of_first = weight(rank, in_, kind, dtype)
+        second, of_second = weight(out if form == op.FACTORS else out - rank, rank, kind, dtype)
         tensors, spec = first + second, [form, 2 * bias, *of_first, *of_second]
         if form == op.PIVOTED:
             tensors.append(meta((out,), torch.int32))
-    return tensors + ([meta((out,), torch.bfloat16)] if bias else []), spec
+    return tensors + ([meta((out,), dtype)] if bias else []), spec
 
 
 def problems() -> Iterator[tuple[str, Callable[[Device], object]]]:
@@ -97,9 +108,8 @@ def deployed() -> Iterator[tuple[str, Callable[[Device], object]]]:
     """Forward passes; of many tokens, all that our kernels can do, as `plan` would have them where they pay."""
     from acip_kernels.ops.fused_linear import prefill, triton
 
-    for (model, (hidden, q, kv, middle, bias)), (form_name, form), (kind_name, kind), ratio in itertools.product(
-        MODELS.items(), FORMS.items(), KINDS.items(), RATIOS
-    ):
+    every = itertools.product(MODELS.items(), FORMS.items(), KINDS.items(), RATIOS)
+    for (model, (hidden, q, kv, middle, bias)), (form_name, form), (kind_name, (kind, dtype)), ratio in every:
         if form == op.DENSE and ratio != RATIOS[0]:
             continue
         siblings = [(q, hidden, bias), (kv, hidden, bias), (kv, hidden, bias)]
@@ -114,11 +124,11 @@ def deployed() -> Iterator[tuple[str, Callable[[Device], object]]]:
             "down": (mlp[2:], op.CONCATENATE),
         }
         for group, (members, mode) in groups.items():
-            made = [layer(form, out, in_, ratio, kind, biased) for out, in_, biased in members]
+            made = [layer(form, out, in_, ratio, kind, dtype, biased) for out, in_, biased in members]
             tensors = [tensor for some, _ in made for tensor in some]
             spec = [number for _, some in made for number in some]
             for tokens in FEW + MANY:
-                x = meta((tokens, members[0][1]), torch.bfloat16)
+                x = meta((tokens, members[0][1]), dtype)
 
                 def call(device, x=x, tensors=tensors, spec=spec, mode=mode):
                     if len(x) <= triton.MOST_TOKENS:
@@ -133,12 +143,13 @@ def training() -> Iterator[tuple[str, Callable[[Device], object]]]:
     from acip_kernels.ops import triton_products as kernels
     from acip_kernels.ops.fused_linear import triton
 
-    def numbers(*shape):
-        return meta(shape, torch.bfloat16)
-
-    for (model, (hidden, q, kv, middle, bias)), (kind_name, kind), ratio, tokens in itertools.product(
+    for (model, (hidden, q, kv, middle, bias)), (kind_name, (kind, dtype)), ratio, tokens in itertools.product(
         MODELS.items(), KINDS.items(), RATIOS, MANY
     ):
+
+        def numbers(*shape, dtype=dtype):
+            return meta(shape, dtype)
+
         layers = {
             "q": (q, hidden, bias),
             "k": (kv, hidden, bias),
@@ -147,23 +158,23 @@ def training() -> Iterator[tuple[str, Callable[[Device], object]]]:
             "down": (hidden, middle, False),
         }
         for name, (out, in_, biased) in layers.items():
-            tensors, spec = layer(op.FACTORS, out, in_, ratio, kind, False)
+            tensors, spec = layer(op.FACTORS, out, in_, ratio, kind, dtype, False)
             (factors,), rank = triton.read_layers(tensors, spec), tensors[0].shape[0]
             S, b = meta((rank,), torch.float32), numbers(out) if biased else None
 
-            def masked(_, tokens=tokens, out=out, rank=rank, S=S, b=b, factors=factors, kind=kind):
+            def masked(_, numbers=numbers, tokens=tokens, out=out, rank=rank, S=S, b=b, factors=factors, kind=kind):
                 kernels.forward_product(numbers(tokens, rank), factors.second, S, S, b)
                 kernels.backward_product(numbers(tokens, out), factors.second, numbers(tokens, rank), S, S)
                 if kind == op.PLAIN:
                     kernels.scale(numbers(tokens, rank), S, S)
                     kernels.scale_and_reduce(*[numbers(tokens, rank)] * 2, S, S, 1.0)
 
-            def joined(_, tokens=tokens, out=out, rank=rank, S=S, b=b):  # an adapter of rank 32
+            def joined(_, numbers=numbers, tokens=tokens, out=out, rank=rank, S=S, b=b):  # an adapter of rank 32
                 U, z = numbers(out, rank + 32), numbers(tokens, rank + 32)
                 kernels.forward_product(z, U, S, S, b, 32)
                 kernels.backward_product(numbers(tokens, out), U, z, S, S, 1.0, 32)
 
-            def linear(_, tokens=tokens, out=out, rank=rank, factors=factors):
+            def linear(_, numbers=numbers, tokens=tokens, out=out, rank=rank, factors=factors):
                 kernels.backward_product(numbers(tokens, rank), factors.first)
                 kernels.backward_product(numbers(tokens, out), factors.second)
 
@@ -267,6 +278,11 @@ def every_launch() -> dict[Launch, list[str]]:
     return found
 
 
+def is_float32(row: dict) -> bool:
+    """Whether what is multiplied is float32, for which there are no tensor cores that would not round it."""
+    return "*bf16" not in row["arguments"]
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: for each kernel and machine code the largest and the smallest of what its builds take."""
     lines = [
@@ -284,6 +300,8 @@ def table(rows: list[dict]) -> str:
         what = "2–16 tokens" if "DOT=True" in constants else "one token" if "DOT=" in constants else ""
         if " KIND=" in constants:
             what = "many tokens" if " KIND=0 " in constants else "many tokens, quantized"
+        if is_float32(row):
+            what = f"{what}, float32" if what else "float32"
         groups.setdefault((row["kernel"].removesuffix("_kernel"), what, row["target"]), []).append(row)
     for (kernel, what, target), some in sorted(groups.items()):
         cells = [
@@ -293,7 +311,7 @@ def table(rows: list[dict]) -> str:
             f"{sum(row['matrix'] > 0 for row in some)} of {len(some)}",
             f"{sum(row['loads_128'] + row['async_loads_128'] > 0 for row in some)} of {len(some)}",
         ]
-        name = f"{kernel}, {what}" if what else kernel
+        name = ", ".join(part for part in (kernel, what) if part)
         lines.append(f"| {name} | {target} | {len(some)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

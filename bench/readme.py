@@ -284,6 +284,33 @@ def search_table(trials: dict) -> str:
     )
 
 
+# What the picture in bytes calls `bench.quality_bits`' ways to store weights, of those that it shows.
+_NUMBERS = {
+    "int8": "int8",
+    "int4": "int4",
+    "int8, embeddings too": "all int8",
+    "int4, embeddings int8": "int4, int8",
+}
+
+
+def quality_plots(results: pathlib.Path = quality.RESULTS, into: pathlib.Path = ROOT / "docs") -> None:
+    """The quality page's pictures: the first seed of every method; and in bytes, nested in other numbers."""
+    rows = [
+        row for one in quality.read_results(results) if one["seed"] == 0 for row in one["rows"] if "perplexity" in row
+    ]
+    bits = results.parent / quality_bits.RESULTS.name
+    stored = files.read_json(bits)["rows"] if bits.exists() else []
+    quantized = [
+        row | {"method": _NUMBERS[row["weights"]]}
+        for row in stored
+        if row["method"] == "nested" and row["weights"] in _NUMBERS
+    ]
+    few = [row for row in rows if row["method"] in ("dense", "nested", "acip", "svd_llm")]
+    for name, x, some in (("size", "factorized", rows), ("bytes", "file_bytes", quantized + few)):
+        png, _ = report.plot_perplexity(some, into / f"quality-{name}", x=x)
+        png.unlink()
+
+
 def quality_tables(stored: list[dict]) -> list[str]:
     """What `bench.quality` has measured."""
     setting, device = stored[0]["setting"], stored[0]["device"]
@@ -303,6 +330,13 @@ def quality_tables(stored: list[dict]) -> list[str]:
             continue
         parts.append(f"Perplexity on {name}:\n")
         parts.append(quality.table(stored, text))
+        if text == "wikipedia":
+            parts.append("![Perplexity against the size of the layers](quality-size.svg)\n")
+            parts.append("![Perplexity against the bytes of the file](quality-bytes.svg)\n")
+            parts.append(
+                "In the second picture, nested and the others are in bfloat16; int8 and int4 are nested with its layers"
+                " in these, “all int8” and “int4, int8” have the embeddings and the output head in int8 besides.\n"
+            )
     return parts
 
 
@@ -349,6 +383,7 @@ def main(source: str | None = None) -> None:
             shutil.copyfile(plots / f"{name}.svg", ROOT / "docs" / f"demo-{name}.svg")
     made = {README: block(files.read_json(RESULT)), TRAINING: training_block(), QUALITY: quality_block()}
     made |= {DECODING: decoding_block(), GPU: gpu_block(), MANY_DEVICES: many_devices.block()}
+    quality_plots()
     for path, text in made.items():
         files.write_text(path, with_block(path.read_text("utf-8"), text))
 

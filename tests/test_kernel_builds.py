@@ -67,14 +67,9 @@ def test_the_stored_table_is_of_these_kernels_and_of_what_plan_chooses_now(compi
     assert {key(row) for row in compiled["rows"]} == {key(row) for row in stored}
 
 
-def spills_at_most(row) -> int:
-    """Nothing, but two registers of one product: fp8 of many tokens with singular values, 128 × 128 sums, on sm_89."""
-    return 8 if (row["kernel"], row["target"]) == ("forward_kernel", "sm_89") else 0
-
-
 def test_nothing_spills_and_shared_memory_suffices(stored):
     for row in stored:
-        assert row["spills"] <= spills_at_most(row), row
+        assert row["spills"] == 0, row
         assert row["shared"] <= SHARED_MEMORY[row["target"]], row
 
 
@@ -83,12 +78,13 @@ def test_tensor_cores_and_wide_loads(stored):
     for row in stored:
         constants = f" {row['constants']} "
         many = " KIND=" in constants and row["kernel"] in ("forward_kernel", "backward_kernel")
-        if " DOT=True " in constants or many:
+        exact = kernel_builds.is_float32(row)
+        if (" DOT=True " in constants or many) and not exact:
             assert row["matrix"] > 0, row
         if many or (row["kernel"] == "shrink_kernel" and " KIND0=0 " in constants):
             assert row["loads_128"] + row["async_loads_128"] > 0, row
         # Hopper's instructions take 64 tokens and more, and a program of four warps.
-        if many and row["target"] == "sm_90" and row["warps"] >= 4 and " BLOCK_TOKENS=128 " in constants:
+        if many and not exact and row["target"] == "sm_90" and row["warps"] >= 4 and " BLOCK_TOKENS=128 " in constants:
             assert row["wgmma"] > 0, row
 
 
@@ -96,7 +92,7 @@ def test_a_sample_compiled_again_is_as_stored(compiled, stored):
     by_key = {key(row): row for row in stored}
     assert len(compiled["builds"]) >= 8
     for row in compiled["builds"]:
-        assert row["spills"] <= spills_at_most(row) and row["shared"] <= SHARED_MEMORY[row["target"]]
+        assert row["spills"] == 0 and row["shared"] <= SHARED_MEMORY[row["target"]]
         # Registers are the compiler's business; another version may take a few more.
         assert abs(row["registers"] - by_key[key(row)]["registers"]) <= 16, row
 

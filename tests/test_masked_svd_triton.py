@@ -383,10 +383,11 @@ def test_a_configuration_that_cannot_run_is_not_launched():
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("kind", "group"), [(0, 0), (1, 0), (3, 64), (4, 0)])
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
-def test_a_choice_for_every_size(device, itemsize):
+def test_a_choice_for_every_size(device, kind, group, itemsize):
     for tokens, columns, depth in ((1, 1, 1), (64, 33, 7), (64, 4096, 512), (130, 512, 4096), (8192, 14336, 2048)):
-        shape = Product(tokens, columns, depth, itemsize)
+        shape = Product(tokens, columns, depth, itemsize, kind, group)
         legal = list(product_configs(shape, device))
         assert len(legal) == len(set(legal))
         assert all(config.why_not(shape, device) is None for config in legal)
