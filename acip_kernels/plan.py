@@ -635,8 +635,8 @@ class ProductConfig:
         loaded = (self.block_tokens + self.block_columns) * self.block_k // threads
         if loaded > 64:
             return f"a thread loads up to 64 numbers a step, not {loaded}"
-        # Codes are there as codes, in float32 and rounded before they are multiplied: with 32 of them a thread spills up
-        # to 16 bytes on sm_80 to sm_90, and 140 on gfx942.
+        # Codes are there as codes, in float32 and rounded before they are multiplied: with 32 of them a thread spills
+        # up to 16 bytes on sm_80 to sm_90, and 140 on gfx942.
         if product.kind and (codes := self.block_columns * self.block_k // threads) > 16:
             return f"a thread makes up to 16 codes into numbers, not {codes}"
         if (needed := self.shared(product)) > device.shared_bytes:
