@@ -649,13 +649,18 @@ _PRODUCT_CONFIGS = ((16, 32, 64, 128, 256), (16, 32, 64, 128, 256), (16, 32, 64,
 _LARGEST_BLOCK = max(block for some in _PRODUCT_CONFIGS[:3] for block in some)
 
 
-@functools.lru_cache(maxsize=1024)
 def product_configs(product: Product, device: Device) -> tuple[ProductConfig, ...]:
     """Every legal configuration out of those that can be of use."""
     # No block is larger than this: products that are larger in every way have the same ones.
-    sizes = [min(size, _LARGEST_BLOCK) for size in (product.tokens, product.columns, product.depth)]
-    if sizes != [product.tokens, product.columns, product.depth]:
-        return product_configs(Product(*sizes, product.itemsize, product.kind, product.group), device)
+    tokens, columns, depth = (min(size, _LARGEST_BLOCK) for size in (product.tokens, product.columns, product.depth))
+    return _small_product_configs(
+        dataclasses.replace(product, tokens=tokens, columns=columns, depth=depth, group=0), device
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _small_product_configs(product: Product, device: Device) -> tuple[ProductConfig, ...]:
+    sizes = product.tokens, product.columns, product.depth
     # The rule would find those that are mostly padding as well, but they are many.
     blocks = [[b for b in some if b < max(2 * size, 33)] for some, size in zip(_PRODUCT_CONFIGS, sizes)]
     every = (ProductConfig(*chosen) for chosen in itertools.product(*blocks, *_PRODUCT_CONFIGS[3:]))
