@@ -131,10 +131,13 @@ def run_method(
         "calibration_tokens": CALIBRATION_BATCHES * LENGTH,
         "training_tokens": trained * LENGTH,
     }
-    setting = json.loads(json.dumps(setting))  # as it is read back: without tuples
     before = result.get("setting", setting)
-    # A text that is new changes nothing about the others.
-    if before | {"perplexity_on": setting["perplexity_on"] | before["perplexity_on"]} != setting and result["rows"]:
+    # What is new changes nothing about what was measured: a text, or a field of the configuration, by its default.
+    before = before | {"perplexity_on": setting["perplexity_on"] | before["perplexity_on"]}
+    if config is not None:
+        before["config"] = type(config)().to_dict() | before["config"]
+    before, setting = (json.loads(json.dumps(some)) for some in (before, setting))  # as read back: without tuples
+    if before != setting and result["rows"]:
         raise ValueError(f"{target} was measured with another setting: remove it to measure anew")
     result["setting"], result["device"] = setting, report.device_description()
     rows = {row["size_ratio"]: row for row in result["rows"]}
