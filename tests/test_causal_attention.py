@@ -10,7 +10,7 @@ from acip_kernels import CompressionConfig, compress
 from acip_kernels.models import attention
 from acip_kernels.ops import common, extension
 from acip_kernels.ops.causal_attention import reference
-from acip_kernels.ops.causal_attention.op import causal_attention
+from acip_kernels.ops.causal_attention.op import causal_attention, queries_at_a_time
 
 one_thread = operators.one_thread  # a fixture of every test here
 
@@ -94,6 +94,14 @@ def test_the_native_softmax_is_the_reference_one(dtype):
         torch.ops.acip.softmax_gradient_(dp, own, block, 0.7)
         reference.softmax_gradient_(want, own, block, 0.7)
         assert float((dp - want).abs().max()) <= rounding
+
+
+def test_queries_at_a_time_is_a_power_of_two_that_falls_with_the_heads():
+    def chosen(batch, heads, dtype):
+        return queries_at_a_time(torch.empty(batch, heads, 1, 1, dtype=dtype))
+
+    assert [chosen(1, heads, torch.bfloat16) for heads in (1, 9, 18, 32, 64, 1000)] == [256, 256, 256, 128, 128, 64]
+    assert chosen(2, 9, torch.float32) == 64 and chosen(0, 9, torch.float32) == 256
 
 
 def test_what_does_not_fit_is_refused():
