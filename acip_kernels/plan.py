@@ -626,15 +626,17 @@ class ProductConfig:
             if block > least and block >= 2 * size:
                 return "a block would be padding for more than half"
         # A thread has 255 registers. With 128 sums in them the backward pass, that needs z beside h, spills 64 to 184
-        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 64.
-        threads = 32 * self.num_warps
+        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 64. A wave
+        # of AMD's multiplies 32 × 32 at a time, and waves that have no such tile of their own hold all of others' again.
+        threads, fewest = (64 * self.num_warps, 8) if device.target.startswith("gfx") else (32 * self.num_warps, 4)
         sums, most = self.block_tokens * self.block_columns // threads, 128 // product.itemsize
-        if not 4 <= sums <= most:
-            return f"a thread adds up 4 to {most} sums, not {sums}"
-        # A step's z passes through registers to be scaled, and without stages, or on AMD, all that is loaded does.
-        loaded = (self.block_tokens + self.block_columns) * self.block_k // threads
-        if loaded > 64:
-            return f"a thread loads up to 64 numbers a step, not {loaded}"
+        if not fewest <= sums <= most:
+            return f"a thread adds up {fewest} to {most} sums, not {sums}"
+        # A step's z passes through registers to be scaled, and without stages, or on AMD, all that is loaded does; and
+        # what float32 threads multiply.
+        loaded, most = (self.block_tokens + self.block_columns) * self.block_k // threads, 128 // product.itemsize
+        if loaded > most:
+            return f"a thread loads up to {most} numbers a step, not {loaded}"
         # Codes are there as codes, in float32 and rounded before they are multiplied: with 32 of them a thread spills
         # up to 16 bytes on sm_80 to sm_90, and 140 on gfx942.
         if product.kind and (codes := self.block_columns * self.block_k // threads) > 16:
