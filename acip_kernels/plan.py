@@ -626,9 +626,10 @@ class ProductConfig:
             if block > least and block >= 2 * size:
                 return "a block would be padding for more than half"
         # A thread has 255 registers. With 128 sums in them the backward pass, that needs z beside h, spills 64 to 184
-        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 64. A wave
-        # of AMD's multiplies 32 × 32 at a time, and waves that have no such tile of their own hold all of others' again.
-        threads, fewest = (64 * self.num_warps, 8) if device.target.startswith("gfx") else (32 * self.num_warps, 4)
+        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 64. AMD's
+        # waves multiply 32 × 32 at a time: of more than two, those without such a tile of their own hold others' again.
+        amd = device.target.startswith("gfx")
+        threads, fewest = (64 if amd else 32) * self.num_warps, 4 if not amd else 8 if self.num_warps > 2 else 2
         sums, most = self.block_tokens * self.block_columns // threads, 128 // product.itemsize
         if not fewest <= sums <= most:
             return f"a thread adds up {fewest} to {most} sums, not {sums}"
