@@ -239,7 +239,7 @@ def table(results: list[dict], text: str = "wikipedia") -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 1000 else f"{value:.0e}"
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e5 else f"{value:.0e}"
 
 
 def main(

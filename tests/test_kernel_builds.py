@@ -68,7 +68,7 @@ def test_the_stored_table_is_of_these_kernels_and_of_what_plan_chooses_now(compi
 
 
 def spills_at_most(row) -> int:
-    """Of decode kernels nothing; of products of many tokens up to four registers in float32, and two of e4m3 by bits."""
+    """Decode kernels nothing; products of many tokens up to four registers in float32, and two of e4m3 by bits."""
     if row["kernel"] not in ("forward_kernel", "backward_kernel"):
         return 0
     return 16 if kernel_builds.is_float32(row) else 8 if " KIND=5 " in f" {row['constants']} " else 0
