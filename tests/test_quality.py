@@ -20,7 +20,7 @@ def test_the_table_has_the_median_and_the_range_of_the_seeds():
     found.append(result("svd", 0, [{"size_ratio": 0.8, "news": 9.0}]))
     lines = quality.table(found).splitlines()
     assert lines[0] == "| method | tokens trained | seeds | 0.8 | 0.4 |"
-    assert lines[2:] == ["| nested | 61 k | 3 | 18.0 (17.0–19.0) | 2e+03 (2e+03–2e+03) |"]
+    assert lines[2:] == ["| nested | 61 k | 3 | 18.0 (17.0–19.0) | 2,000 (2,000–2,000) |"]
     assert quality.table(found, "news").splitlines()[2:] == ["| svd | 61 k | 1 | 9.0 |"]
 
 
