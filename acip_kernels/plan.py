@@ -626,11 +626,11 @@ class ProductConfig:
             if block > least and block >= 2 * size:
                 return "a block would be padding for more than half"
         # A thread has 255 registers. With 128 sums in them the backward pass, that needs z beside h, spills 64 to 184
-        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 64. AMD's
+        # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 32. AMD's
         # waves multiply 32 × 32 at a time: of more than two, those without such a tile of their own hold others' again.
         amd = device.target.startswith("gfx")
         threads, fewest = (64 if amd else 32) * self.num_warps, 4 if not amd else 8 if self.num_warps > 2 else 2
-        sums, most = self.block_tokens * self.block_columns // threads, 128 // product.itemsize
+        sums, most = self.block_tokens * self.block_columns // threads, 64 if product.itemsize == 2 else 16
         if not fewest <= sums <= most:
             return f"a thread adds up {fewest} to {most} sums, not {sums}"
         # A step's z passes through registers to be scaled, and without stages, or on AMD, all that is loaded does; and

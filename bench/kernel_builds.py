@@ -13,6 +13,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import multiprocessing
 import pathlib
@@ -332,6 +333,28 @@ def sources() -> str:
     return hashlib.sha256(repr(sorted(functions.items())).encode()).hexdigest()
 
 
+# In the file every text stands once, and a row is their numbers and its own: a fifth of the bytes.
+_TEXTS = ("target", "kernel", "constants", "arguments")
+_COLUMNS = (*_TEXTS, "warps", "stages", *NUMBERS, "wgmma", "problems")
+
+
+def write_result(path: pathlib.Path, header: dict, rows: list[dict]) -> None:
+    texts = list(dict.fromkeys(row[name] for name in _TEXTS for row in rows))
+    number = {text: i for i, text in enumerate(texts)}
+    packed = [[number[row[name]] if name in _TEXTS else row[name] for name in _COLUMNS] for row in rows]
+    result = header | {"columns": _COLUMNS, "texts": texts, "rows": []}
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in packed)
+    files.write_text(path, json.dumps(result, indent=1).replace('"rows": []', f'"rows": [\n{lines}\n]') + "\n")
+
+
+def read_result(path: pathlib.Path = RESULTS) -> dict:
+    """The header, and `rows`, a dictionary each."""
+    found = files.read_json(path)
+    texts, columns = found.pop("texts"), found.pop("columns")
+    rows = [dict(zip(columns, row, strict=True)) for row in found["rows"]]
+    return found | {"rows": [row | {name: texts[row[name]] for name in _TEXTS} for row in rows]}
+
+
 def key(row: dict) -> tuple:
     return tuple(row[name] for name in ("target", "kernel", "warps", "stages", "constants", "arguments"))
 
@@ -347,7 +370,7 @@ def main(
 
     deadline, about = time.monotonic() + 60 * minutes, report.device_description()  # of the machine that compiles
     header = {"triton": compiler.__version__, "torch": about["torch"], "date": about["date"], "sources": sources()}
-    stored = files.read_json(RESULTS) if RESULTS.exists() and not again else {}
+    stored = read_result() if RESULTS.exists() and not again else {}
     same = all(stored.get(name) == header[name] for name in ("triton", "sources"))
     known = {key(row): row for row in stored["rows"]} if same else {}
     found = every_launch()
@@ -364,7 +387,7 @@ def main(
                 rows[launch] = launch.row() | numbers
     made = [row | {"problems": len(found[launch])} for launch, row in rows.items() if row is not None]
     if store:
-        files.write_json(RESULTS, header | {"rows": made})
+        write_result(RESULTS, header, made)
     if len(made) < len(found):
         typer.echo(f"{len(found) - len(made)} launches are left: run it again")
     typer.echo(table(made))

@@ -188,7 +188,7 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         parts.append(kernels_gpu.targets_table(kernels_gpu.targets([])))
     path = results / kernel_builds.RESULTS.name
     if path.exists():
-        found = files.read_json(path)
+        found = kernel_builds.read_result(path)
         parts.append(
             f"What the launches that `plan` chooses are compiled to, by Triton {found['triton']} ahead of time, "
             f"torch {found['torch']}, {found['date'][:10]}; from the "
