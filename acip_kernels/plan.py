@@ -200,9 +200,34 @@ def training_plan(
 
 # ---- deployed layers
 
-# Up to how many tokens the native operator computes deployed layers; above, torch's matrix products win
-# (`bench.decode_cpu`).
-FUSED_TOKENS = 32
+
+def few_tokens(
+    dtype: torch.dtype, in_features: int, out_features: int, *, weights: str = "plain", pivoted: bool = False
+) -> int:
+    """Up to how many tokens the native CPU kernels compute a deployed layer; of more, torch's products are faster.
+
+    Measured with AVX-512 and its bfloat16 instructions (`bench.decode_cpu`); 32 with others. Above it quantized weights
+    are made plain once a call, by the native extension, which also brings a pivoted layer's outputs into order.
+
+    Args:
+        dtype: of the activations: float32, bfloat16 or float16.
+        in_features, out_features, pivoted: of the layer.
+        weights: "plain", "int8" or "int4".
+
+    Returns:
+        A number of tokens; 0 where the native extension is not built.
+    """
+    from .ops import extension  # which imports this module
+
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    if dtype not in names or weights not in ("plain", "int8", "int4"):
+        raise ValueError(
+            f"few_tokens: dtype must be float32, bfloat16 or float16, and weights 'plain', 'int8' or 'int4'; "
+            f"got {dtype}, {weights!r}"
+        )
+    if not extension.available():
+        return 0
+    return extension.module.few_tokens(names[dtype], weights, pivoted, in_features, out_features)
 
 
 # ---- deployed layers on a GPU

@@ -19,10 +19,14 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import json
 import math
 import pathlib
 import re
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -48,6 +52,7 @@ GROUP = 64
 # Between two uses of a copy of a layer this many times the last-level cache is read.
 CACHES = 4
 SECONDS_A_TURN = 0.015
+SECONDS_A_CASE = 3.0
 # Two runs of the same code differ by this much here: "no slower" means by no more.
 NOISE = 0.03
 
@@ -187,7 +192,7 @@ def torchao_variants(x: Tensor, dense: Tensor, cache: int) -> Iterator[Variant]:
 def factor_variants(
     out: int, in_: int, ratio: float, tokens: int, dtype: torch.dtype, cache: int, few: bool
 ) -> Iterator[Variant]:
-    """few: everything; else the two that are compared at many tokens."""
+    """few: everything; else without the bare operator, which a module's call differs from by microseconds."""
     x, rank = weight(tokens, in_, dtype), rank_at(ratio, out, in_)
 
     def layer() -> LowRankLinear:
@@ -199,9 +204,7 @@ def factor_variants(
     calls = [functools.partial(two_linear, x, *pair) for pair in factors]
     yield Variant("two F.linear", ratio, rank, ring, calls)
     yield Variant("ours", ratio, rank, ring, [functools.partial(item, x) for item in ring.items])
-    if not few:
-        return
-    if extension.available():
+    if few and extension.available():
         operator, spec = torch.ops.acip.fused_linear, list(ring.items[0].spec())
         calls = [functools.partial(operator, x, list(pair), spec, 0) for pair in factors]
         yield Variant("ours, bare operator", ratio, rank, ring, calls)
@@ -255,15 +258,34 @@ class Stream:
         return self.seen[-1]
 
 
+def instruction_rates() -> dict[str, dict[str, float]]:
+    """How many 512-bit instructions of a kind start a second: on "one" thread, on "all" together.
+
+    Empty where there are none, or no compiler.
+    """
+    compiler = shutil.which("c++")
+    if extension.instruction_set() != "avx512_bf16" or compiler is None:
+        return {}
+    source = ROOT / "csrc" / "testing" / "instruction_rates.cpp"
+    flags = ["-O2", "-std=c++17", "-mavx512f", "-mavx512bf16", "-pthread"]
+    with tempfile.TemporaryDirectory() as folder:
+        program = pathlib.Path(folder) / "rates"
+        subprocess.run([compiler, *flags, source, "-o", program], check=True)
+        done = subprocess.run([program, str(torch.get_num_threads())], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
 # ---- measuring
 
 
-def measure(variants: list[Variant], stream: Stream, rounds: int, place: dict) -> list[dict]:
-    """All variants in turns: a row for each."""
+def measure(variants: list[Variant], stream: Stream, rounds: tuple[int, int], place: dict) -> list[dict]:
+    """All variants in turns: a row for each. rounds: at least so many; up to so many within `SECONDS_A_CASE`."""
     for variant in variants:
         variant.warm_up()
-    rates = []
-    for number in range(rounds):
+    (least, most), started, rates = rounds, time.perf_counter(), []
+    for number in range(most):
+        if number >= least and time.perf_counter() - started > SECONDS_A_CASE:
+            break
         rates.append(stream.measure())
         # Each round begins with another, so that none always follows the same.
         for variant in variants[number % len(variants) :] + variants[: number % len(variants)]:
@@ -310,7 +332,7 @@ def bench(shapes, ratios, tokens, many_tokens, dtypes, rounds: int, peers: bool,
         for ratio in ratios:
             variants += factor_variants(out, in_, ratio, count, dtype, cache, few)
         place = {"out": out, "in": in_, "dtype": name, "tokens": count}
-        rows += measure(variants, stream, rounds if few else max(3, rounds // 3), place)
+        rows += measure(variants, stream, (rounds, rounds) if few else (max(3, rounds // 3), 4 * rounds), place)
         torch.compiler.reset()  # torchao's, compiled for this shape
     return rows
 
@@ -449,6 +471,14 @@ def stream_line(stream: dict) -> str:
     )
 
 
+def instructions_line(rates: dict[str, dict[str, float]]) -> str:
+    """Empty where nothing was measured."""
+    if not rates:
+        return ""
+    each = ", ".join(f"{kind} {rate['one'] / 1e9:.2f} and {rate['all'] / 1e9:.2f}" for kind, rate in rates.items())
+    return f"512-bit instructions, in 10⁹ a second, on one thread and on all together: {each}."
+
+
 def result_path(device_name: str) -> pathlib.Path:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     return ROOT / "bench" / "results" / f"decode_cpu-{slug}.json"
@@ -488,6 +518,7 @@ def main(
         say(f"there are no native kernels here, so “ours” is two F.linear: {extension.missing}")
     if peers and not importlib.util.find_spec("torchao"):
         say("torchao is not installed: its int8 and int4 are not measured")
+    instructions = instruction_rates()
     stream = Stream(stream_mib << 20)
     shapes = [shape_of(text) for text in shape] if shape else SHAPES
     settings = (tuple(ratio or RATIOS), tuple(tokens or TOKENS), MANY_TOKENS if many else (), tuple(dtype or DTYPES))
@@ -497,6 +528,7 @@ def main(
         | {"instruction_set": extension.instruction_set(), "torchao": version_of("torchao")},
         "setting": {"rounds": rounds, "cache_bytes": cache_bytes(), "caches": CACHES, "group": GROUP},
         "stream": {"rates": stream.rates, "fastest": stream.fastest, "median": statistics.median(stream.seen)},
+        "instructions": instructions,
         "rows": rows,
         "targets": targets(rows),
     }
@@ -504,6 +536,7 @@ def main(
         print(f"\n{name}\n")
         print(table([row for row in rows if row["dtype"] == name]))
     print(stream_line(summary["stream"]))
+    print(instructions_line(instructions))
     print(targets_table(summary["targets"]))
     if store:
         path = result_path(summary["device"]["device"])

@@ -130,6 +130,7 @@ def decoding_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         summary = files.read_json(path)
         parts.append(f"### Single layers: {measured_on(summary['device'])}\n")
         parts.append(f"Medians of {summary['setting']['rounds']} rounds. {decode_cpu.stream_line(summary['stream'])}")
+        parts.append(decode_cpu.instructions_line(summary.get("instructions", {})) + "\n")
         parts.append(decode_cpu.targets_table(summary["targets"]))
         for dtype in dict.fromkeys(row["dtype"] for row in summary["rows"]):
             rows = [row for row in summary["rows"] if row["dtype"] == dtype]

@@ -5,7 +5,8 @@ It compares, on the same tokens and in one process, round by round in turns:
 - "peft": plain LoRA fine-tuning of the dense model, what a step costs if nothing is compressed;
 - "peft compiled": the same through `torch.compile`;
 - "two products": ACIP's masked layer as one would write it from the paper, in ordinary PyTorch;
-- "ours": this package's step, with a part of the singular values pruned ("live size").
+- "ours": this package's step, with a part of the singular values pruned ("live size");
+- "nested": a step of the default run at that size, which trains updates of both factors with the dense model beside it.
 
 Every measured time stands beside its floor: the operations that must be done, counted by the functions below, over the
 rate at which this machine multiplies matrices of the model's own shapes, measured in the same rounds.
@@ -41,7 +42,7 @@ from acip_kernels.compress.factorize import svd_layers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-VARIANTS = ("peft", "peft compiled", "two products", "ours")
+VARIANTS = ("peft", "peft compiled", "two products", "ours", "nested")
 RATIOS = (1.0, 0.8, 0.6, 0.4)
 # It multiplies by all singular values, live or not: its two ends show that.
 TWO_PRODUCTS_RATIOS = (1.0, 0.4)
@@ -79,11 +80,11 @@ class Setting:
         model.config.use_cache = False
         return model.train()
 
-    def factorized_model(self) -> nn.Module:
+    def factorized_model(self, adapters: bool = True) -> nn.Module:
         model = self.dense_model()
         acip_kernels.factorize(
             model,
-            adapter_rank=RANK,
+            adapter_rank=RANK if adapters else 0,
             adapter_alpha=ALPHA,
             adapter_dropout=self.dropout,
             dtype=self.dtype,
@@ -258,10 +259,39 @@ class Ours:
             raise RuntimeError(f"ours: {ranks} live singular values after a step at a size of {self.ranks}")
 
 
+class Nested:
+    """The default run's step: the best ranks of a size, the dense model as a teacher, updates of both factors."""
+
+    def __init__(self, setting: Setting, *, learning_rate: float = LEARNING_RATE):
+        from acip_kernels import NestedConfig
+        from acip_kernels.compress.nested import NestedTraining
+        from acip_kernels.compress.sizing import Sizing
+
+        model = setting.factorized_model(adapters=False)
+        for layer in svd_layers(model).values():
+            # Whatever the size, every layer has that part of its numbers.
+            out, in_ = layer.out_features, layer.in_features
+            ranks = torch.arange(1, min(out, in_) + 1)
+            layer.scores.copy_(1 - ranks * (out + in_ - ranks) / (2 * out * in_))
+        config = NestedConfig(dtype=name_of(setting.dtype), update_rank=RANK)
+        sizing = Sizing.of(model, adapters=False, forms=config.forms)
+        self.training, self.rate = NestedTraining(model, sizing, config), learning_rate
+        self.ratio = 1.0
+
+    def resize(self, ratio: float) -> bool:
+        self.ratio = ratio
+        return True
+
+    def step(self, ids: Tensor, ratio: float | None = None) -> float:
+        return self.training([{"input_ids": ids}], [self.ratio if ratio is None else ratio], self.rate)[0]
+
+
 def build(name: str, setting: Setting):
     """The variant of that name."""
     if name == "ours":
         return Ours(setting)
+    if name == "nested":
+        return Nested(setting)
     if name == "two products":
         return TwoProducts(setting)
     return Peft(setting, compiled=name == "peft compiled")
@@ -275,6 +305,12 @@ def rank_at(ratio: float, out: int, in_: int) -> int:
 def live_at(ratio: float, out: int, in_: int) -> Tensor:
     """Which singular values are live at `ratio`: the first ones, bool [k]."""
     return torch.arange(min(out, in_)) < rank_at(ratio, out, in_)
+
+
+def pivoted_rank_at(ratio: float, out: int, in_: int) -> int:
+    """The largest rank that the pivoted form of `ratio` of a layer's weights has: `rank (out + in - rank)` numbers."""
+    sides = out + in_
+    return max(1, math.floor((sides - math.sqrt(max(0.0, sides * sides - 4 * ratio * out * in_))) / 2))
 
 
 def stored_ratio(ranks, shapes) -> float:
@@ -306,6 +342,15 @@ def effective_flops(tokens: int, rank: int, out: int, in_: int) -> int:
 def adapter_flops(tokens: int, out: int, in_: int) -> int:
     """A trained adapter: two products forward, two for dx, and one each for dA and dB."""
     return 6 * tokens * RANK * (out + in_)
+
+
+def nested_flops(tokens: int, rank: int, out: int, in_: int) -> int:
+    """The teacher's product; both factors' y and dx, or a dense weight made of them and its; and the updates of rank r
+    of both, whose gradients pass through r dimensions on either side.
+    """
+    teacher, updates = 2 * tokens * out * in_, 8 * tokens * RANK * (out + in_)
+    made = 2 * out * in_ * (2 * tokens + rank)
+    return teacher + min(factors_flops(tokens, rank, out, in_), made) + updates
 
 
 def head_flops(tokens: int, vocabulary: int, hidden: int) -> int:
@@ -361,11 +406,16 @@ class Shapes:
         tokens = batch * length
         total = head_flops(tokens, self.vocabulary, self.hidden)
         total += sum(attention_flops(batch, length, width) for width in self.attention)
+        if variant == "nested":  # the teacher's forward pass
+            total += head_flops(tokens, self.vocabulary, self.hidden) // 2
+            total += sum(attention_flops(batch, length, width) * 2 // 7 for width in self.attention)
         return total + sum(layer_flops(variant, ratio, tokens, out, in_) for out, in_ in self.linear)
 
 
 def layer_flops(variant: str, ratio: float, tokens: int, out: int, in_: int) -> int:
     """One linear layer with its adapter, forward and backward."""
+    if variant == "nested":
+        return nested_flops(tokens, pivoted_rank_at(ratio, out, in_), out, in_)
     if variant.startswith("peft"):
         product = dense_flops(tokens, out, in_)
     elif variant == "two products":
@@ -463,7 +513,9 @@ def bench_steps(setting: Setting, variants, ratios, two_products_ratios, rounds:
         try:
             built[name] = build(name, setting)
             built[name].resize(1.0)
-            losses[name] = built[name].step(ids)
+            loss = built[name].step(ids)
+            if name != "nested":  # whose loss is half the teacher's
+                losses[name] = loss
             built[name].step(ids)  # the second one finds every buffer and every state of the optimizer in place
         except Exception as error:
             # Whether torch.compile works here is a finding; in anything else an error is one.
@@ -505,7 +557,7 @@ def bench_steps(setting: Setting, variants, ratios, two_products_ratios, rounds:
 
 def cases_of(names, ratios, two_products_ratios) -> list[tuple[str, float]]:
     """The pairs of variant and size to measure."""
-    sizes = {"ours": ratios, "two products": two_products_ratios}
+    sizes = {"ours": ratios, "nested": ratios, "two products": two_products_ratios}
     return [(name, ratio) for name in names for ratio in sizes.get(name, (1.0,))]
 
 
@@ -582,11 +634,13 @@ def bench_memory(setting: Setting, cases, say) -> dict:
 
 
 def bench_run(setting: Setting, steps: int, say) -> dict:
-    """`steps` optimizer steps of "peft", "two products" and "ours", the latter two from full size to 0.4.
+    """`steps` optimizer steps of "peft", "two products" and "ours", the latter two from full size to 0.4, and of
+    "nested", at sizes drawn from 0.3 to 1 as the default run draws them.
 
-    Ours is `compress` itself, its seconds those of its history; after each of its steps the other two make theirs on
-    the same tokens, so that all see the same machine. Factorizing is not timed. The masks that the schedule has not
-    driven to zero by the last step are cut there by ours alone: they cost "two products" nothing either way.
+    Ours is `compress` itself, its seconds those of its history; after each of its steps the others make theirs on
+    the same tokens, so that all see the same machine. Factorizing and ranking are not timed. The masks that the
+    schedule has not driven to zero by the last step are cut there by ours alone: they cost "two products" nothing
+    either way.
     """
     config = CompressionConfig.short(
         steps,
@@ -604,15 +658,18 @@ def bench_run(setting: Setting, steps: int, say) -> dict:
         mask_learning_rate=config.mask_learning_rate,
         adapter_learning_rate=config.adapter_learning_rate,
     )
+    nested, random = Nested(setting), torch.Generator().manual_seed(0)
     batches = setting.batches()
     feed = iter(batches)
     rows = []
 
     def others(row: dict) -> None:
         ids, penalty = next(feed)["input_ids"].to(setting.device), config.lambda_at(row["step"])
+        size = 0.3 + 0.7 * float(torch.rand((), generator=random))
         taken = {
             "peft": seconds(lambda: peft.step(ids), setting.device),
             "two products": seconds(lambda: plain.step(ids, penalty), setting.device),
+            "nested": seconds(lambda: nested.step(ids, size), setting.device),
         }
         ratios = {"ours": row["size_ratio"], "two products": plain.size_ratio}
         rows.append({"step": row["step"], "seconds": taken, "size_ratio": ratios})
@@ -621,7 +678,7 @@ def bench_run(setting: Setting, steps: int, say) -> dict:
     history = acip_kernels.compress(setting.factorized_model(), batches, config, progress=False, on_step=others).history
     for row, before, after in zip(rows, [0.0, *(own["seconds"] for own in history)], history):
         row["seconds"]["ours"] = after["seconds"] - before
-    total = {name: sum(row["seconds"][name] for row in rows) for name in ("peft", "two products", "ours")}
+    total = {name: sum(row["seconds"][name] for row in rows) for name in ("peft", "two products", "ours", "nested")}
     return {"steps": len(rows), "total_seconds": total, "rows": rows}
 
 

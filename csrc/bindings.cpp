@@ -9,8 +9,13 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -207,6 +212,8 @@ enum Mode : int64_t { kConcatenate, kSwiglu, kGatedMlp };
 struct Layer {
     int64_t form, in, out, rank;  // rank: what the first matrix has as rows, where there are two
     Matrix first, second;
+    // What is read, for torch's products; of quantized weights, their codes.
+    const Tensor *first_tensor = nullptr, *second_tensor = nullptr, *bias_tensor = nullptr;
     const float* s;
     const void* bias;
     const int32_t* place;
@@ -218,6 +225,7 @@ struct Reader {
     at::TensorList tensors;
     at::ScalarType dtype;
     size_t number = 0, tensor = 0;
+    const Tensor* weight = nullptr;  // of the last matrix
 
     int64_t next_number() {
         TORCH_CHECK(number < spec.size(), "fused_linear: spec ends too early, after ", spec.size(), " numbers");
@@ -262,6 +270,7 @@ struct Reader {
             m.type = Number::i4, type = at::kByte, width = (cols + 63) / 64 * 32;
         }
         const Tensor& data = next_tensor("a weight", type, 2);
+        weight = &data;
         m.rows = data.size(0);
         TORCH_CHECK(data.size(1) == width, "fused_linear: a weight must have ", width, " columns, got ", data.sizes());
         TORCH_CHECK(m.rows <= 1 || data.stride(0) >= width, "fused_linear: rows of a weight must not overlap");
@@ -285,11 +294,13 @@ struct Reader {
         TORCH_CHECK(layer.form >= kDense && layer.form <= kPivoted && flags >= 0 && flags < 4,
                     "fused_linear: no layer is of form ", layer.form, " with flags ", flags);
         layer.first = next_matrix();
+        layer.first_tensor = weight;
         layer.in = layer.first.cols;
         layer.out = layer.first.rows;
         if (layer.form != kDense) {
             layer.rank = layer.first.rows;
             layer.second = next_matrix();
+            layer.second_tensor = weight;
             TORCH_CHECK(layer.second.cols == layer.rank, "fused_linear: the second weight must have ", layer.rank,
                         " columns, as the first has rows, got ", layer.second.cols);
             layer.out = layer.second.rows + (layer.form == kPivoted ? layer.rank : 0);
@@ -307,7 +318,10 @@ struct Reader {
             TORCH_CHECK(layer.form == kFactors, "fused_linear: only two factors have an s");
             layer.s = static_cast<const float*>(next_contiguous("s", at::kFloat, {layer.rank}));
         }
-        if (flags & 2) layer.bias = next_contiguous("a bias", dtype, {layer.out});
+        if (flags & 2) {
+            layer.bias = next_contiguous("a bias", dtype, {layer.out});
+            layer.bias_tensor = &tensors[tensor - 1];
+        }
         return layer;
     }
 };
@@ -408,6 +422,97 @@ void run_stages(const std::vector<Stage>& stages, Number number, int64_t tokens)
     for (const Stage& stage : stages) run_stage(stage, number, tokens, 0, 1);
 }
 
+// ---- layers of many tokens
+
+// For tests and measuring: in place of what `few_tokens` says; negative for that.
+int64_t few_tokens_set = -1;
+
+// Whether torch multiplies float16 by instructions for it.
+bool has_half_products() {
+#if defined(__x86_64__)
+    static const bool has = [] {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 23 & 1);
+    }();
+    return has;
+#else
+    return true;
+#endif
+}
+
+// Up to how many tokens the kernels above are faster than torch's products for a layer [out, in] of `type` weights: as
+// measured with AVX-512 and its bfloat16 (bench.decode_cpu), and less where nothing was measured.
+int64_t few_tokens(Number number, Number type, bool pivoted, int64_t in, int64_t out) {
+    if (few_tokens_set >= 0) return few_tokens_set;
+    if (std::strcmp(decode->name, "avx512_bf16")) return 32;
+    // torch makes floats of halves one by one.
+    if (number == Number::f16 && !has_half_products()) return std::numeric_limits<int64_t>::max();
+    // Codes are made numbers anew for every few tokens, or once for a product of torch's.
+    if (type == Number::i4 || number == Number::f16) return 32;
+    if (number == Number::f32) return 128;
+    if (type == Number::i8) return 48;
+    return pivoted || out <= in ? 64 : 40;
+}
+
+int64_t few_tokens(Number number, const Layer& layer) {
+    return few_tokens(number, layer.first.type, layer.form == kPivoted, layer.in, layer.out);
+}
+
+// x weightᵀ + bias, into y where that is given. What a matrix library does not know as a weight is made of its codes.
+Tensor multiply(const Tensor& x, const Matrix& m, const Tensor& held, const Tensor* bias, Number number,
+                std::optional<Tensor> y = std::nullopt) {
+    Tensor weight = held;
+    if (m.type != number) {
+        weight = at::empty({m.rows, m.cols}, x.options());
+        at::parallel_for(0, m.rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(m.cols, 1)),
+                         [&](int64_t begin, int64_t end) {
+                             decode->plain(number, m, weight.mutable_data_ptr(), begin, end);
+                         });
+    }
+    if (!y) return at::linear(x, weight, bias ? std::optional<Tensor>(*bias) : std::nullopt);
+    return bias ? at::addmm_out(*y, *bias, x, weight.t()) : at::mm_out(*y, x, weight.t());
+}
+
+// [tokens, out] of x [tokens, in]: y, whose rows may lie apart, where that is given.
+Tensor many_tokens(const Layer& layer, Number number, const Tensor& x, std::optional<Tensor> y = std::nullopt) {
+    if (layer.form == kDense) return multiply(x, layer.first, *layer.first_tensor, layer.bias_tensor, number, y);
+    if (layer.form == kFactors) {
+        Tensor z = multiply(x, layer.first, *layer.first_tensor, nullptr, number);
+        if (layer.s) z.mul_(at::from_blob(const_cast<float*>(layer.s), {layer.rank}, at::kFloat));
+        return multiply(z, layer.second, *layer.second_tensor, layer.bias_tensor, number, y);
+    }
+    int64_t tokens = x.size(0);
+    Tensor pivots = multiply(x, layer.first, *layer.first_tensor, nullptr, number);
+    Tensor others = multiply(pivots, layer.second, *layer.second_tensor, nullptr, number);
+    if (!y) y = at::empty({tokens, layer.out}, x.options());
+    at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / std::max<int64_t>(layer.out, 1)),
+                     [&](int64_t begin, int64_t end) {
+                         decode->put(number, pivots.const_data_ptr(), others.const_data_ptr(), layer.rank, layer.out,
+                                     layer.place, layer.bias, y->mutable_data_ptr(), y->stride(0), begin, end);
+                     });
+    return *y;
+}
+
+Tensor many_tokens(const std::vector<Layer>& layers, int64_t mode, Number number, const Tensor& x, int64_t width) {
+    if (mode == kConcatenate) {
+        if (layers.size() == 1) return many_tokens(layers[0], number, x);
+        Tensor y = at::empty({x.size(0), width}, x.options());
+        int64_t column = 0;
+        for (const Layer& layer : layers) {
+            many_tokens(layer, number, x, y.narrow(1, column, layer.out));
+            column += layer.out;
+        }
+        return y;
+    }
+    Tensor gate = many_tokens(layers[0], number, x), up = many_tokens(layers[1], number, x);
+    at::parallel_for(0, gate.numel(), kGrain, [&](int64_t begin, int64_t end) {
+        decode->swiglu(number, gate.const_data_ptr(), up.const_data_ptr(), gate.mutable_data_ptr(), begin, end);
+    });
+    return mode == kSwiglu ? gate : many_tokens(layers[2], number, gate);
+}
+
+// ----
+
 Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spec, int64_t mode) {
     TORCH_CHECK(x.device().is_cpu() && x.dim() >= 1, "fused_linear: x must be a CPU tensor [..., in_features]");
     auto dtype = x.scalar_type();
@@ -441,10 +546,15 @@ Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spe
     int64_t width = mode == kConcatenate ? outputs : mode == kSwiglu ? layers[0].out : layers[2].out;
     at::DimVector sizes(x.sizes().begin(), x.sizes().end());
     sizes.back() = width;
-    Tensor y = at::empty(sizes, x.options());
-    int64_t tokens = in ? x.numel() / in : y.numel() / std::max<int64_t>(width, 1);
-    if (tokens == 0 || width == 0) return y;
+    int64_t tokens = in ? x.numel() / in : c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
     Tensor rows = x.is_contiguous() ? x : x.contiguous();
+    for (const Layer& layer : layers)
+        if (tokens > few_tokens(number, layer)) {
+            at::AutoDispatchBelowADInplaceOrView below;  // as all kernels
+            return many_tokens(layers, mode, number, rows.view({tokens, in}), width).view(sizes);
+        }
+    Tensor y = at::empty(sizes, x.options());
+    if (tokens == 0 || width == 0) return y;
     char* to = static_cast<char*>(y.mutable_data_ptr());
 
     // Every z starts at a cache line; then gate's and up's outputs and their product.
@@ -529,5 +639,16 @@ PYBIND11_MODULE(_native, m) {
             decode = acip::decode(name.empty() ? nullptr : name.c_str());
         },
         pybind11::arg("name") = "", "Run the kernels of this instruction set; nothing for the best one (for tests).");
+    m.def(
+        "few_tokens",
+        [](const std::string& dtype, const std::string& weights, bool pivoted, int64_t in, int64_t out) {
+            Number number = dtype == "float32" ? Number::f32 : dtype == "bfloat16" ? Number::bf16 : Number::f16;
+            Number type = weights == "int8" ? Number::i8 : weights == "int4" ? Number::i4 : number;
+            return few_tokens(number, type, pivoted, in, out);
+        },
+        "Up to how many tokens the kernels compute a layer (see acip_kernels.plan.few_tokens).");
+    m.def(
+        "use_few_tokens", [](int64_t tokens) { few_tokens_set = tokens; }, pybind11::arg("tokens") = -1,
+        "Take torch's products for more than so many tokens; -1 for what was measured (for tests and measuring).");
     acip::bind_prepared(m);
 }

@@ -120,8 +120,8 @@ class Module {
 class Prepared {
    public:
     Prepared(const py::list& modules, const py::list& tensors, std::vector<int64_t> spec, int64_t mode, py::handle dtype_of,
-             int64_t most_tokens, bool hands_over, const py::list& global_hooks)
-        : spec_(std::move(spec)), mode_(mode), most_tokens_(most_tokens), hands_over_(hands_over) {
+             const py::list& global_hooks)
+        : spec_(std::move(spec)), mode_(mode) {
         for (py::handle entry : modules) {
             auto [module, without_hooks] = entry.cast<std::pair<py::object, bool>>();
             modules_.emplace_back(module, without_hooks);
@@ -132,8 +132,6 @@ class Prepared {
             if (!THPVariable_Check(tensor.ptr())) throw py::type_error("Prepared: takes tensors of torch.Tensor");
             tensors_.emplace_back(weak(tensor), THPVariable_Unpack(tensor.ptr()).scalar_type());
         }
-        if (hands_over_ && tensors_.size() != 2 && tensors_.size() != 3)
-            throw py::value_error("Prepared: two factors and perhaps a bias are handed over");
         for (py::handle hooks : global_hooks) global_hooks_.push_back(hooks.cast<py::dict>());
     }
 
@@ -144,8 +142,6 @@ class Prepared {
             return py::none();
         const Tensor& x = THPVariable_Unpack(input.ptr());
         if (x.scalar_type() != dtype_ || !x.device().is_cpu() || x.dim() == 0) return py::none();
-        const bool few = x.numel() <= most_tokens_ * x.size(-1);
-        if (!few && !hands_over_) return py::none();
         for (const py::dict& hooks : global_hooks_)
             if (PyDict_Size(hooks.ptr())) return py::none();
         for (const Module& module : modules_)
@@ -166,11 +162,7 @@ class Prepared {
         Tensor y;
         {
             py::gil_scoped_release released;
-            if (few)
-                y = fused_linear.call(x, tensors, spec_, mode_);
-            else
-                y = at::linear(at::linear(x, tensors[0]), tensors[1],
-                               tensors.size() == 3 ? std::optional<Tensor>(tensors[2]) : std::nullopt);
+            y = fused_linear.call(x, tensors, spec_, mode_);
         }
         return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));
     }
@@ -181,8 +173,6 @@ class Prepared {
     std::vector<int64_t> spec_;
     int64_t mode_;
     at::ScalarType dtype_;
-    int64_t most_tokens_;
-    bool hands_over_;
     std::vector<py::dict> global_hooks_;
 };
 
@@ -192,11 +182,9 @@ namespace acip {
 
 void bind_prepared(py::module_& module) {
     py::class_<Prepared>(module, "Prepared",
-                         "Prepared(modules, tensors, spec, mode, x, most_tokens, hands_over, global_hooks): a call of "
-                         "fused_linear for inputs of x's dtype; modules are (module, whether it may have no hooks). "
-                         "hands_over: more tokens are two products of torch's, for two plain factors.")
-        .def(py::init<const py::list&, const py::list&, std::vector<int64_t>, int64_t, py::handle, int64_t, bool,
-                      const py::list&>())
+                         "Prepared(modules, tensors, spec, mode, x, global_hooks): a call of fused_linear for inputs of x's "
+                         "dtype; modules are (module, whether it may have no hooks).")
+        .def(py::init<const py::list&, const py::list&, std::vector<int64_t>, int64_t, py::handle, const py::list&>())
         .def("__call__", &Prepared::operator(), "The output, or None where the layer has to be looked up anew.")
         // A copy of the layer has other children: it prepares its own.
         .def("__deepcopy__", [](const Prepared&, py::handle) { return py::none(); })

@@ -60,7 +60,11 @@ class Matrix:
 
 
 class Layer:
-    def __init__(self, form, in_, out, rank, dtype, kind=op.PLAIN, *, s=False, bias=True, group=32, seed=0):
+    """ordered: pivots' outputs are in order, and the others' too, as `PivotLinear` has them; else anywhere."""
+
+    def __init__(
+        self, form, in_, out, rank, dtype, kind=op.PLAIN, *, s=False, bias=True, group=32, seed=0, ordered=False
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.out = out
         shapes = {
@@ -72,6 +76,8 @@ class Layer:
         self.spec = [form, s + 2 * bias, *itertools.chain(*(m.spec for m in self.matrices))]
         self.tensors = [tensor for matrix in self.matrices for tensor in matrix.tensors]
         self.place = torch.randperm(out, generator=generator)
+        if ordered:
+            self.place = torch.cat([self.place[:rank].sort().values, self.place[rank:].sort().values])
         if form == op.PIVOTED:
             self.tensors.append(self.place.to(torch.int32))
         self.s = operators.numbers(generator, rank, dtype=torch.float32) if s else None

@@ -59,7 +59,7 @@ def test_outputs_are_those_of_the_unfused_model(calls, make, forms):
     assert len(calls) < within + 1
 
 
-def test_training_many_tokens_and_hooks_take_the_ordinary_path(calls):
+def test_training_and_hooks_take_the_ordinary_path(calls):
     model = fuse(small())
     ids = toys.token_ids()
     loss = model(input_ids=ids, labels=ids).loss
@@ -67,8 +67,6 @@ def test_training_many_tokens_and_hooks_take_the_ordinary_path(calls):
     assert not calls
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     with torch.no_grad():
-        model(toys.token_ids(4, 30))
-        assert not calls
         seen = []
         handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *a: seen.append("k"))
         model(ids)
@@ -80,6 +78,17 @@ def test_training_many_tokens_and_hooks_take_the_ordinary_path(calls):
         model(ids)
         assert "mlp" in seen
         handle.remove()
+
+
+def test_many_tokens_are_computed_in_groups_too(calls):
+    ids = toys.token_ids(4, 60)  # more than the kernels are for
+    model = small(forms=("dense", "pivoted"))
+    with torch.enable_grad():
+        expected = model(ids).logits.detach()
+    with torch.no_grad():
+        assert not calls
+        toys.assert_close(fuse(model)(ids).logits, expected)
+        assert calls.count(2) == model.config.num_hidden_layers
 
 
 def test_generation_caches_copies_and_saving(tmp_path):

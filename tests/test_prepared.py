@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from acip_kernels import LowRankLinear, PivotLinear
-from acip_kernels.nn import fused
 from acip_kernels.nn.quantized_linear import QuantizedLinear
 from acip_kernels.ops import extension
+from acip_kernels.plan import few_tokens
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
 
@@ -272,22 +272,21 @@ def test_a_compiled_layer_is_one_graph(layer, x):
 def test_only_modules_and_tensors_are_taken(x):
     prepare = extension.module.Prepared
     with pytest.raises(TypeError):
-        prepare([(object(), True)], [], (), 0, x, 32, False, [])
+        prepare([(object(), True)], [], (), 0, x, [])
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
-        prepare([(type("Empty", (), {})(), True)], [], (), 0, x, 32, False, [])
+        prepare([(type("Empty", (), {})(), True)], [], (), 0, x, [])
     with pytest.raises(TypeError, match="an input"):
-        prepare([], [], (), 0, 1, 32, False, [])
+        prepare([], [], (), 0, 1, [])
     with pytest.raises(TypeError, match="tensors"):
-        prepare([], [1], (), 0, x, 32, False, [])
-    with pytest.raises(ValueError, match="two factors"):
-        prepare([], [x], (), 0, x, 32, True, [])
+        prepare([], [1], (), 0, x, [])
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_many_tokens_are_two_of_torchs_products(dtype, bias):
     layer = LowRankLinear(IN, OUT, RANK, bias, dtype=dtype)
-    x = torch.randn(2, fused.FUSED_TOKENS, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    tokens = few_tokens(dtype, IN, OUT)
+    x = torch.randn(2, tokens, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         expected = layer.U(layer.Vh(x))
         assert torch.equal(layer(x), expected) and is_used(layer, x)
@@ -298,11 +297,7 @@ def test_many_tokens_are_two_of_torchs_products(dtype, bias):
         torch.testing.assert_close(layer(x), layer.U(2 * torch.nn.functional.linear(x, layer.Vh.weight)))
 
 
-@pytest.mark.parametrize("name", ["pivoted", "quantized"])
-def test_many_tokens_of_other_layers_take_their_own_way(name):
-    layer = made(name)
-    x = torch.randn(fused.FUSED_TOKENS + 1, IN, generator=torch.Generator().manual_seed(1))
+def test_many_tokens_of_other_layers(layer):
+    x = torch.randn(200, IN, generator=torch.Generator().manual_seed(1))
     assert_right(layer, x)
-    assert layer.prepared is None
-    assert_right(layer, x[:2])
-    assert is_used(layer, x[:2]) and not is_used(layer, x)
+    assert is_used(layer, x)

@@ -3,8 +3,7 @@
 What has one input is computed by one call of an operator (see `nn.fused`): the q, k and v projections; gate, up,
 SwiGLU and down; and the output head, a dense layer, takes the same operator. Modules, parameters and the state stay as
 they are: what is put on is a `forward` of the instance, which `unfuse` takes off again. Where the operator does not
-apply (gradients, many tokens, a hook on a layer, a GPU that was not measured), the modules compute what they always
-did.
+apply (gradients, a hook on a layer, a GPU that was not measured), the modules compute what they always did.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where linear layers may be computed by `ops.fused_linear` for few tokens, and what it is then told.
+"""Where linear layers may be computed by `ops.fused_linear`, and what it is then told.
 
 On the CPU that is the native operator, wherever it is built. On a GPU it is the Triton kernels, where `acip tune` has
 measured on this very GPU that they are faster than torch's products for this problem.
@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from ..ops import extension
 from ..ops.fused_linear import measured
 from ..ops.fused_linear.op import CONCATENATE, DENSE, DTYPES, FACTORS, FP8, INT4, INT4_ZEROS, INT8, PIVOTED, PLAIN
-from ..plan import FUSED_TOKENS, stands_for
+from ..plan import stands_for
 from .quantized_linear import QuantizedLinear
 
 _PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -163,11 +163,7 @@ _GLOBAL_HOOKS = [
 
 
 def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
-    """The output for `x`, or None where this is not to make it.
-
-    On the CPU, above `FUSED_TOKENS` tokens, a layer of two plain factors is two of torch's products, without Python
-    between.
-    """
+    """The output for `x`, or None where this is not to make it."""
     compiling = torch.compiler.is_compiling()
     if not compiling:
         prepared = fused.prepared
@@ -179,19 +175,12 @@ def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
         return _call_measured(fused, x, mode, compiling)
     if not takes(x):
         return None
-    few, spec = x.numel() <= FUSED_TOKENS * x.shape[-1], fused.spec()
-    tensors: list[Tensor] = []
-    # form, flags, and kind, columns and group of both factors
-    hands_over = len(spec) == 8 and spec[0] == FACTORS and spec[2] == spec[5] == PLAIN
-    if not few and (compiling or not hands_over):
-        return None
+    spec, tensors = fused.spec(), []
     if not fused.add_tensors(x, tensors):
         return None
     if compiling:
         return torch.ops.acip.fused_linear(x, tensors, spec, mode)
-    fused.prepared = extension.module.Prepared(
-        fused.watched(), tensors, spec, mode, x, FUSED_TOKENS, hands_over, _GLOBAL_HOOKS
-    )
+    fused.prepared = extension.module.Prepared(fused.watched(), tensors, spec, mode, x, _GLOBAL_HOOKS)
     return fused.prepared(x)
 
 

@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -768,26 +769,152 @@ void swiglu(const X* gate, const X* up, X* out, int64_t begin, int64_t end) {
     }
 }
 
-void product_of(Number activation, const Product& p, int64_t tokens, int64_t begin, int64_t end) {
-    switch (activation) {
-        case Number::bf16: return product<bf16>(p, tokens, begin, end);
-        case Number::f16: return product<f16>(p, tokens, begin, end);
-        default: return product<float>(p, tokens, begin, end);
+// ---- for products of many tokens
+
+// The numbers of a block of 64 columns, of the 16 that its first and its second half's codes stand for.
+template <class X>
+inline void look_up_block(const uint8_t* codes, const X* low, const X* high, X* out) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(X) == 2) {
+        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        auto table = [](const X* p) {
+            return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        };
+        __m512i first = _mm512_permutexvar_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(15)), table(low));
+        __m512i second = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table(high));
+        _mm512_storeu_si512(out, first);
+        _mm512_storeu_si512(out + 32, second);
+        return;
+    }
+#endif
+    if constexpr (sizeof(X) == 4) {
+        for (int64_t j = 0; j < 32; j += V::n) {
+            V first, second;
+            load_halves(codes + j, low, high, first, second);
+            std::memcpy(out + j, &first, sizeof(V));
+            std::memcpy(out + j + 32, &second, sizeof(V));
+        }
+        return;
+    }
+    for (int64_t j = 0; j < 32; ++j) {
+        out[j] = low[codes[j] & 15];
+        out[j + 32] = high[codes[j] >> 4];
     }
 }
 
-void swiglu_of(Number activation, const void* gate, const void* up, void* out, int64_t begin, int64_t end) {
-    switch (activation) {
-        case Number::bf16:
-            return swiglu(static_cast<const bf16*>(gate), static_cast<const bf16*>(up), static_cast<bf16*>(out), begin,
-                          end);
-        case Number::f16:
-            return swiglu(static_cast<const f16*>(gate), static_cast<const f16*>(up), static_cast<f16*>(out), begin,
-                          end);
-        default:
-            return swiglu(static_cast<const float*>(gate), static_cast<const float*>(up), static_cast<float*>(out),
-                          begin, end);
+template <class X>
+void plain(const Matrix& matrix, X* out, int64_t begin, int64_t end) {
+    const int64_t cols = matrix.cols, blocks = (cols + 63) / 64;
+    for (int64_t row = begin; row < end; ++row) {
+        X* to = out + row * cols;
+        if (matrix.type == Number::i8) {
+            const int8_t* codes = static_cast<const int8_t*>(matrix.data) + row * matrix.stride;
+            const float scale = static_cast<const float*>(matrix.scales)[row];
+#pragma omp simd
+            for (int64_t j = 0; j < cols; ++j) from_float(to + j, float(codes[j]) * scale);
+            continue;
+        }
+        const Int4Row w(matrix, groups_of(matrix, cols), row);
+        X tables[2][16];
+        auto make = [&](X* table, int64_t group) {
+            const float scale = to_float(w.scales[group]);
+            const int zero = w.zero(group);
+#pragma omp simd
+            for (int code = 0; code < 16; ++code) from_float(table + code, float(code - zero) * scale);
+        };
+        for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t first = block * 64, group = first >> group_bits(matrix), left = cols - first;
+            if (first % matrix.group == 0) make(tables[0], group);
+            if (matrix.group == 32 && left > 32) make(tables[1], group + 1);
+            const X* high = tables[matrix.group == 32];
+            if (left >= 64) {
+                look_up_block(w.codes + block * 32, tables[0], high, to + first);
+            } else {
+                X whole[64];
+                look_up_block(w.codes + block * 32, tables[0], left > 32 ? high : tables[0], whole);
+                std::memcpy(to + first, whole, left * sizeof(X));
+            }
+        }
     }
+}
+
+// One token's outputs of the pivots and of the others, each in order, as `is_pivot` says where they go: a bit an output.
+template <class X>
+inline void merge(const X* pivots, const X* others, const uint16_t* is_pivot, int64_t cols, X* to) {
+    for (int64_t j = 0; j < cols; j += 16) {
+        const int64_t left = cols - j < 16 ? cols - j : 16;
+        const uint32_t here = (1u << left) - 1, mask = is_pivot[j / 16], n = __builtin_popcount(mask);
+#if defined(__AVX512F__)
+        auto first = [](const X* p, int64_t count) {
+            __mmask16 some = __mmask16((1u << count) - 1);
+            if constexpr (sizeof(X) == 4) return _mm512_maskz_loadu_epi32(some, p);
+            else return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p));
+        };
+        __m512i rest = _mm512_maskz_expand_epi32(__mmask16(here & ~mask), first(others, left - n));
+        __m512i all = _mm512_mask_expand_epi32(rest, __mmask16(mask), first(pivots, n));
+        if constexpr (sizeof(X) == 4) _mm512_mask_storeu_epi32(to + j, __mmask16(here), all);
+        else _mm256_mask_storeu_epi16(to + j, __mmask16(here), _mm512_cvtepi32_epi16(all));
+        pivots += n, others += left - n;
+#else
+        for (uint32_t bit = 0; bit < uint32_t(left); ++bit) to[j + bit] = mask >> bit & 1 ? *pivots++ : *others++;
+        (void)here, (void)n;
+#endif
+    }
+}
+
+template <class X>
+void put_tokens(const X* pivots, const X* others, int64_t rank, int64_t cols, const int32_t* place, const X* bias, X* y,
+                int64_t y_stride, int64_t begin, int64_t end) {
+    // Pivots are in the order of the outputs, as are the others, unless somebody made the places by hand.
+    std::vector<uint16_t> is_pivot((cols + 15) / 16);
+    int64_t in_order = 0;
+    for (int64_t j = 0; j < cols; ++j) in_order += j == 0 || j == rank || place[j - 1] < place[j];
+    for (int64_t j = 0; j < rank; ++j) is_pivot[place[j] / 16] |= uint16_t(1u << place[j] % 16);
+    for (int64_t t = begin; t < end; ++t) {
+        const X *first = pivots + t * rank, *rest = others + t * (cols - rank);
+        X* to = y + t * y_stride;
+        if (in_order == cols)
+            merge(first, rest, is_pivot.data(), cols, to);
+        else
+            for (int64_t j = 0; j < cols; ++j) to[place[j]] = j < rank ? first[j] : rest[j - rank];
+        if (bias)
+#pragma omp simd
+            for (int64_t j = 0; j < cols; ++j) from_float(to + j, to_float(to[j]) + to_float(bias[j]));
+    }
+}
+
+// `function` for the numbers of activations: of a pointer that only names their type.
+template <class Function>
+void by_number(Number activation, Function function) {
+    switch (activation) {
+        case Number::bf16: return function(static_cast<bf16*>(nullptr));
+        case Number::f16: return function(static_cast<f16*>(nullptr));
+        default: return function(static_cast<float*>(nullptr));
+    }
+}
+
+void product_of(Number activation, const Product& p, int64_t tokens, int64_t begin, int64_t end) {
+    by_number(activation, [&](auto* x) { product<std::remove_pointer_t<decltype(x)>>(p, tokens, begin, end); });
+}
+
+void swiglu_of(Number activation, const void* gate, const void* up, void* out, int64_t begin, int64_t end) {
+    by_number(activation, [&](auto* x) {
+        using X = std::remove_pointer_t<decltype(x)>;
+        swiglu(static_cast<const X*>(gate), static_cast<const X*>(up), static_cast<X*>(out), begin, end);
+    });
+}
+
+void plain_of(Number activation, const Matrix& weight, void* out, int64_t begin, int64_t end) {
+    by_number(activation, [&](auto* x) { plain(weight, static_cast<decltype(x)>(out), begin, end); });
+}
+
+void put_of(Number activation, const void* pivots, const void* others, int64_t rank, int64_t cols, const int32_t* place,
+            const void* bias, void* y, int64_t y_stride, int64_t begin, int64_t end) {
+    by_number(activation, [&](auto* x) {
+        using X = std::remove_pointer_t<decltype(x)>;
+        put_tokens(static_cast<const X*>(pivots), static_cast<const X*>(others), rank, cols, place, static_cast<const X*>(bias),
+                   static_cast<X*>(y), y_stride, begin, end);
+    });
 }
 
 #define ACIP_TEXT_OF(name) #name
@@ -796,7 +923,7 @@ void swiglu_of(Number activation, const void* gate, const void* up, void* out, i
 }  // namespace
 
 extern const Decode decode_table;
-const Decode decode_table = {ACIP_TEXT(ACIP_ISA), product_of, swiglu_of};
+const Decode decode_table = {ACIP_TEXT(ACIP_ISA), product_of, swiglu_of, plain_of, put_of};
 
 }  // namespace ACIP_ISA
 }  // namespace acip

@@ -1,6 +1,7 @@
 // The CPU kernels on arrays of exactly the size that they may touch, for the address and undefined-behaviour sanitizers;
 // results are compared with sums in double. Prints a line for each instruction set that runs here; 1 on a mistake.
 // Built and run by tests/test_sanitizers.py.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -143,6 +144,54 @@ void products(const Decode& kernels, Number activation, Number kind, int64_t row
         }
 }
 
+// Plain numbers of codes, and outputs put in order, places in order and not.
+void many_tokens(const Decode& kernels, Number activation, Number kind, int64_t rows, int64_t cols, int64_t group) {
+    int64_t width = kind == Number::i8 ? cols : (cols + 63) / 64 * 32, groups = (cols + group - 1) / group;
+    std::unique_ptr<uint8_t[]> codes(new uint8_t[rows * width]), zeros(new uint8_t[rows * groups]);
+    std::unique_ptr<uint16_t[]> scales(new uint16_t[rows * groups]);
+    std::unique_ptr<float[]> floats(new float[rows]);
+    for (int64_t i = 0; i < rows * width; ++i) codes[i] = uint8_t(random_numbers());
+    for (int64_t i = 0; i < rows * groups; ++i) scales[i] = to_bf16(between(0.05f, 0.5f)), zeros[i] = random_numbers() % 16;
+    for (int64_t i = 0; i < rows; ++i) floats[i] = between(0.01f, 0.1f);
+    Matrix weight{kind, codes.get(), rows, cols, width, nullptr, zeros.get(), group};
+    weight.scales = kind == Number::i8 ? static_cast<void*>(floats.get()) : scales.get();
+    Numbers plain(activation, rows * cols);
+    kernels.plain(activation, weight, plain.bytes.get(), 0, rows / 2);
+    kernels.plain(activation, weight, plain.bytes.get(), rows / 2, rows);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < cols; ++j) {
+            uint8_t byte = codes[kind == Number::i8 ? r * width + j : r * width + j / 64 * 32 + j % 32];
+            double value = int8_t(byte) * double(floats[r]);
+            if (kind == Number::i4) {
+                int64_t at = r * groups + j / group;
+                value = ((j % 64 < 32 ? byte & 15 : byte >> 4) - zeros[at]) * double(of_bf16(scales[at]));
+            }
+            check(plain.get(r * cols + j), value, std::abs(value), activation, 0, "plain");
+        }
+
+    int64_t rank = cols / 3, tokens = rows;
+    Numbers pivots(activation, tokens * rank), others(activation, tokens * (cols - rank)), bias(activation, cols);
+    Numbers y(activation, tokens * cols);
+    pivots.fill(), others.fill(), bias.fill();
+    std::vector<int32_t> place(cols);
+    for (int64_t j = 0; j < cols; ++j) place[j] = int32_t(j);
+    std::shuffle(place.begin(), place.end(), random_numbers);
+    for (bool ordered : {false, true}) {
+        if (ordered) std::sort(place.begin(), place.begin() + rank), std::sort(place.begin() + rank, place.end());
+        std::unique_ptr<int32_t[]> places(new int32_t[cols]);
+        std::copy(place.begin(), place.end(), places.get());
+        const void* added = ordered == (rows % 2 == 0) ? bias.bytes.get() : nullptr;
+        kernels.put(activation, pivots.bytes.get(), others.bytes.get(), rank, cols, places.get(), added, y.bytes.get(),
+                    cols, 0, tokens);
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t j = 0; j < cols; ++j) {
+                double v = j < rank ? pivots.get(t * rank + j) : others.get(t * (cols - rank) + j - rank);
+                double b = added ? bias.get(place[j]) : 0;
+                check(y.get(t * cols + place[j]), v + b, std::abs(v) + std::abs(b), activation, 0, "put");
+            }
+    }
+}
+
 void elementwise(const Decode& kernels, Number activation, int64_t n) {
     Numbers gate(activation, n), up(activation, n), out(activation, n);
     gate.fill(), up.fill();
@@ -223,6 +272,11 @@ int main() {
                                 products(*kernels, activation, type, rows, cols, tokens, group, kind == 3,
                                          (rows + tokens) % 2 == 0);
                             }
+        for (Number activation : activations)
+            for (Number kind : {Number::i8, Number::i4})
+                for (int64_t cols : {0, 1, 15, 33, 64, 100, 390})
+                    for (int64_t rows : {1, 4})
+                        for (int64_t group : {32, 64, 128}) many_tokens(*kernels, activation, kind, rows, cols, group);
         for (Number activation : activations)
             for (int64_t n : {0, 1, 17, 300}) elementwise(*kernels, activation, n);
         for (int64_t rows : {1, 7, 40})

@@ -1,8 +1,9 @@
-"""`fused_linear`: what deployed linear layers compute for a few tokens, on the CPU in one call.
+"""`fused_linear`: what deployed linear layers compute, on the CPU in one call for a few tokens.
 
-On the CPU the operator is the native extension's (`csrc/bindings.cpp`), because a call has to cost microseconds; on a
-GPU it is `triton.py`'s, or `cuda.py`'s where that was measured to be faster, and for more tokens than they take
-`prefill.py`'s. Here are the names of its arguments' values, what it is to torch's compiler, and where it pays.
+On the CPU the operator is the native extension's (`csrc/bindings.cpp`), because a call has to cost microseconds; of
+more tokens than `plan.few_tokens` says it makes torch's matrix products, for which quantized weights are made plain in
+that call. On a GPU it is `triton.py`'s, or `cuda.py`'s where that was measured to be faster, and for more tokens than
+they take `prefill.py`'s. Here are the names of its arguments' values, what it is to torch's compiler, where it pays.
 
     fused_linear(x, tensors, spec, mode) -> y
 
@@ -13,8 +14,8 @@ spec: for each layer its form, a bit 1 if it has an `s` and 2 if it has a bias, 
 quantized ones, see `ops.quantize`), then of a pivoted one `place` int32 `[out]`, at which output each pivot and then
 each other row is; then `s` float32 `[rank]`, then the bias.
 
-Both products of a layer run in one parallel region of torch's threads with a barrier between them, as do all siblings.
-Sums are in float32, in one order for each instruction set, whatever the number of threads.
+Of few tokens both products of a layer run in one parallel region of torch's threads with a barrier between them, as do
+all siblings. Sums are in float32, there in one order for each instruction set, whatever the number of threads.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@
 // pivoted one too, the first of which also stores; siblings are more products on either side of the barrier. So the
 // caller lays out stages of products, and its threads take ranges of rows of each. Every output is one thread's sum in
 // one order: results do not depend on how rows are shared out.
+//
+// Products of many tokens are a matrix library's; what it does not know, quantized weights and the pivoted form's order,
+// is here too.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +54,15 @@ struct Decode {
 
     // out[j] = gate[j] / (1 + exp(-gate[j])) · up[j], elements [begin, end).
     void (*swiglu)(Number activation, const void* gate, const void* up, void* out, int64_t begin, int64_t end);
+
+    // Rows [begin, end) of a quantized weight as plain numbers, out [rows, cols]: each made in float32 and rounded once.
+    void (*plain)(Number activation, const Matrix& weight, void* out, int64_t begin, int64_t end);
+
+    // y[t, place[j]] = bias[place[j]] + (j < rank ? pivots[t, j] : others[t, j - rank]), j < cols, tokens [begin, end), for
+    // contiguous pivots [tokens, rank], others [tokens, cols - rank], and places that are a permutation. Null: no `bias`.
+    // Fast where the places of pivots are in order, and those of others too.
+    void (*put)(Number activation, const void* pivots, const void* others, int64_t rank, int64_t cols,
+                const int32_t* place, const void* bias, void* y, int64_t y_stride, int64_t begin, int64_t end);
 };
 
 // By name ("portable", "avx2", "avx512", "avx512_bf16"), or null for the best one that this processor runs.
