@@ -339,11 +339,24 @@ struct Stage {
     const void *gate = nullptr, *up = nullptr;
     void* out = nullptr;
     int64_t elements = 0;
+    // Or, token by token: the stage after a pivoted layer's products.
+    struct Put {
+        acip::Parts parts;
+        void* y;
+        int64_t y_stride;
+    };
+    std::vector<Put> puts;
+
+    bool is_empty() const { return products.empty() && puts.empty() && !elements; }
 };
 
-// The products of `layer` for `x`, into y (at its column 0): one in stage `at`, and a second in the next.
+// From so many tokens on a pivoted layer's outputs are put in order together, instead of each where it belongs.
+constexpr int64_t kTokensToPut = 16;
+
+// The products of `layer` for `x`, into y (at its column 0): one in stage `at`, and more in the next two. `others`: for
+// the outputs of a pivoted layer that are no pivots, contiguous; null for one by one.
 void add_layer(std::vector<Stage>& stages, size_t at, const Layer& layer, const void* x, int64_t x_stride, void* y,
-               int64_t y_stride, void* z, int64_t z_stride) {
+               int64_t y_stride, void* z, int64_t z_stride, void* others) {
     Product first{}, second{};
     first.weight = layer.first, first.x = x, first.x_stride = x_stride;
     if (layer.form == kDense) {
@@ -354,7 +367,12 @@ void add_layer(std::vector<Stage>& stages, size_t at, const Layer& layer, const 
     first.s = layer.s, first.z = z, first.z_stride = z_stride;
     second.weight = layer.second, second.x = z, second.x_stride = z_stride;
     second.bias = layer.bias, second.y = y, second.y_stride = y_stride;
-    if (layer.form == kPivoted) {
+    if (layer.form == kPivoted && others) {
+        const int64_t width = layer.out - layer.rank;
+        second.bias = nullptr, second.y = others, second.y_stride = width;
+        acip::Parts parts{z, others, z_stride, width, layer.rank, layer.out, layer.place, layer.bias};
+        stages[at + 2].puts.push_back({parts, y, y_stride});
+    } else if (layer.form == kPivoted) {
         first.bias = layer.bias, first.y = y, first.y_stride = y_stride, first.place = layer.place;
         second.place = layer.place + layer.rank;
     }
@@ -383,6 +401,8 @@ void run_stage(const Stage& stage, Number number, int64_t tokens, int64_t member
         decode->swiglu(number, stage.gate, stage.up, stage.out, begin, end);
         return;
     }
+    for (const Stage::Put& put : stage.puts)
+        decode->put(number, put.parts, put.y, put.y_stride, tokens * member / members, tokens * (member + 1) / members);
     int64_t total = 0;
     for (const Product& product : stage.products) total += product.weight.rows * bytes_of_row(product);
     int64_t low = total * member / members, high = total * (member + 1) / members, start = 0;
@@ -449,9 +469,8 @@ int64_t few_tokens(Number number, Number type, bool pivoted, int64_t in, int64_t
     if (number == Number::f16 && !has_half_products()) return std::numeric_limits<int64_t>::max();
     // Codes are made numbers anew for every few tokens, or once for a product of torch's.
     if (type == Number::i4 || number == Number::f16) return 32;
-    if (number == Number::f32) return 128;
-    if (type == Number::i8) return 48;
-    return pivoted || out <= in ? 64 : 40;
+    if (type == Number::i8) return number == Number::f32 ? 128 : 64;
+    return number == Number::f32 ? 512 : pivoted ? 256 : 128;
 }
 
 int64_t few_tokens(Number number, const Layer& layer) {
@@ -485,10 +504,12 @@ Tensor many_tokens(const Layer& layer, Number number, const Tensor& x, std::opti
     Tensor pivots = multiply(x, layer.first, *layer.first_tensor, nullptr, number);
     Tensor others = multiply(pivots, layer.second, *layer.second_tensor, nullptr, number);
     if (!y) y = at::empty({tokens, layer.out}, x.options());
+    const int64_t width = layer.out - layer.rank;
+    const acip::Parts parts{pivots.const_data_ptr(), others.const_data_ptr(), layer.rank,  width,
+                            layer.rank,              layer.out,               layer.place, layer.bias};
     at::parallel_for(0, tokens, std::max<int64_t>(1, kGrain / std::max<int64_t>(layer.out, 1)),
                      [&](int64_t begin, int64_t end) {
-                         decode->put(number, pivots.const_data_ptr(), others.const_data_ptr(), layer.rank, layer.out,
-                                     layer.place, layer.bias, y->mutable_data_ptr(), y->stride(0), begin, end);
+                         decode->put(number, parts, y->mutable_data_ptr(), y->stride(0), begin, end);
                      });
     return *y;
 }
@@ -557,43 +578,42 @@ Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spe
     if (tokens == 0 || width == 0) return y;
     char* to = static_cast<char*>(y.mutable_data_ptr());
 
-    // Every z starts at a cache line; then gate's and up's outputs and their product.
-    std::vector<int64_t> z_strides, z_at;
+    // Every z starts at a cache line, and what is still to be put in order; then gate's and up's outputs and their product.
+    std::vector<int64_t> z_strides, z_at, others_at;
     int64_t bytes = 0;
     auto take = [&](int64_t elements) {
         int64_t at = bytes;
         bytes += (elements * itemsize + 63) / 64 * 64;
         return at;
     };
+    auto is_put = [&](const Layer& layer) { return layer.form == kPivoted && tokens >= kTokensToPut; };
     for (const Layer& layer : layers) {
         z_strides.push_back((layer.rank + 31) / 32 * 32);
         z_at.push_back(take(tokens * z_strides.back()));
+        others_at.push_back(take(is_put(layer) ? tokens * (layer.out - layer.rank) : 0));
     }
     int64_t middle = mode == kConcatenate ? 0 : tokens * layers[0].out;
     int64_t gate_at = take(middle), up_at = take(middle), act_at = take(mode == kGatedMlp ? middle : 0);
     char* memory = scratch(size_t(bytes));
 
-    std::vector<Stage> stages(2);
+    // Two products, putting in order, SwiGLU, and the same of down; what there is none of is left out.
+    std::vector<Stage> stages(7);
+    auto add = [&](size_t at, size_t i, const void* from, int64_t from_stride, void* target, int64_t stride) {
+        add_layer(stages, at, layers[i], from, from_stride, target, stride, memory + z_at[i], z_strides[i],
+                  is_put(layers[i]) ? memory + others_at[i] : nullptr);
+    };
     int64_t column = 0;
     for (size_t i = 0; i < siblings; ++i) {
         void* target = mode == kConcatenate ? to + column * itemsize : memory + (i ? up_at : gate_at);
-        int64_t stride = mode == kConcatenate ? width : layers[i].out;
-        add_layer(stages, 0, layers[i], rows.const_data_ptr(), in, target, stride, memory + z_at[i], z_strides[i]);
+        add(0, i, rows.const_data_ptr(), in, target, mode == kConcatenate ? width : layers[i].out);
         column += layers[i].out;
     }
-    if (stages[1].products.empty()) stages.pop_back();
     if (mode != kConcatenate) {
-        Stage product;
-        product.gate = memory + gate_at, product.up = memory + up_at, product.elements = middle;
-        product.out = mode == kSwiglu ? to : memory + act_at;
-        stages.push_back(product);
+        stages[3].gate = memory + gate_at, stages[3].up = memory + up_at, stages[3].elements = middle;
+        stages[3].out = mode == kSwiglu ? to : memory + act_at;
     }
-    if (mode == kGatedMlp) {
-        size_t at = stages.size();
-        stages.resize(at + 2);
-        add_layer(stages, at, layers[2], memory + act_at, layers[0].out, to, width, memory + z_at[2], z_strides[2]);
-        if (stages.back().products.empty()) stages.pop_back();
-    }
+    if (mode == kGatedMlp) add(4, 2, memory + act_at, layers[0].out, to, width);
+    stages.erase(std::remove_if(stages.begin(), stages.end(), [](const Stage& s) { return s.is_empty(); }), stages.end());
     run_stages(stages, number, tokens);
     return y;
 }

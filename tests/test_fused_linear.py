@@ -18,7 +18,7 @@ from acip_kernels.ops.pivot_linear.op import pivot_linear
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
 
-TOKENS = (1, 2, 5, 7, 13, 32)
+TOKENS = (1, 2, 5, 7, 13, 32, 49)
 
 
 isa = operators.isa  # a fixture
@@ -58,6 +58,19 @@ def test_every_form_and_number_against_float64(isa, way, form, kind, dtype):
             y, want = fused(x, [layer]), exact(x, [layer])
             assert y.dtype == dtype
             assert_within(bound(layer, x, dtype, ROUNDINGS[way]), y, want, f"{in_} → {rank} → {out}, {tokens} tokens")
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [2600, 5001])
+def test_more_inputs_than_are_arranged_together(isa, cols, dtype):
+    extension.module.use_few_tokens(2**40)
+    try:
+        layer = Layer(op.DENSE, cols, 21, 0, dtype)
+        for tokens in (16, 70, 131):
+            x = inputs(dtype, tokens, cols)
+            assert_within(bound(layer, x, dtype), fused(x, [layer]), exact(x, [layer]), f"{tokens} tokens")
+    finally:
+        extension.module.use_few_tokens()
 
 
 @pytest.mark.parametrize("kind", [op.INT4, op.INT4_ZEROS])

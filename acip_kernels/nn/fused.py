@@ -175,7 +175,8 @@ def call(fused: Fused, x: Tensor, mode: int = CONCATENATE) -> Tensor | None:
         return _call_measured(fused, x, mode, compiling)
     if not takes(x):
         return None
-    spec, tensors = fused.spec(), []
+    spec = fused.spec()
+    tensors: list[Tensor] = []
     if not fused.add_tensors(x, tensors):
         return None
     if compiling:

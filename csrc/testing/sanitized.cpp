@@ -181,8 +181,8 @@ void many_tokens(const Decode& kernels, Number activation, Number kind, int64_t 
         std::unique_ptr<int32_t[]> places(new int32_t[cols]);
         std::copy(place.begin(), place.end(), places.get());
         const void* added = ordered == (rows % 2 == 0) ? bias.bytes.get() : nullptr;
-        kernels.put(activation, pivots.bytes.get(), others.bytes.get(), rank, cols, places.get(), added, y.bytes.get(),
-                    cols, 0, tokens);
+        Parts parts{pivots.bytes.get(), others.bytes.get(), rank, cols - rank, rank, cols, places.get(), added};
+        kernels.put(activation, parts, y.bytes.get(), cols, 0, tokens);
         for (int64_t t = 0; t < tokens; ++t)
             for (int64_t j = 0; j < cols; ++j) {
                 double v = j < rank ? pivots.get(t * rank + j) : others.get(t * (cols - rank) + j - rank);
@@ -264,8 +264,8 @@ int main() {
         for (Number activation : activations)
             for (int kind = 0; kind < 4; ++kind)
                 for (int64_t cols : {0, 1, 15, 33, 64, 100, 1090})
-                    for (int64_t rows : {1, 3, 9, 14})
-                        for (int64_t tokens : {1, 2, 5, 7})
+                    for (int64_t rows : {1, 3, 9, 14, 35})
+                        for (int64_t tokens : {1, 2, 5, 7, 17, 40})
                             for (int64_t group : {32, 64, 128}) {
                                 if (kind < 2 && group > 32) continue;
                                 Number type = kind == 0 ? activation : kind == 1 ? Number::i8 : Number::i4;

@@ -44,6 +44,16 @@ struct Product {
     int64_t x_stride, y_stride, z_stride;  // elements from one token to the next
 };
 
+// A pivoted layer's outputs as its two products have them, [tokens, rank] and [tokens, cols - rank], and where they go: a
+// permutation. Null: no `bias`. Fast where the places of pivots are in order, and those of the others too.
+struct Parts {
+    const void *pivots, *others;
+    int64_t pivots_stride, others_stride;  // elements from one token to the next
+    int64_t rank, cols;
+    const int32_t* place;
+    const void* bias;
+};
+
 // The functions of one instruction set. `activation`, of x, bias, y and z, is f32, bf16 or f16; a weight is of that
 // number, i8 or i4.
 struct Decode {
@@ -58,11 +68,8 @@ struct Decode {
     // Rows [begin, end) of a quantized weight as plain numbers, out [rows, cols]: each made in float32 and rounded once.
     void (*plain)(Number activation, const Matrix& weight, void* out, int64_t begin, int64_t end);
 
-    // y[t, place[j]] = bias[place[j]] + (j < rank ? pivots[t, j] : others[t, j - rank]), j < cols, tokens [begin, end), for
-    // contiguous pivots [tokens, rank], others [tokens, cols - rank], and places that are a permutation. Null: no `bias`.
-    // Fast where the places of pivots are in order, and those of others too.
-    void (*put)(Number activation, const void* pivots, const void* others, int64_t rank, int64_t cols,
-                const int32_t* place, const void* bias, void* y, int64_t y_stride, int64_t begin, int64_t end);
+    // y[t, place[j]] = bias[place[j]] + (j < rank ? pivots[t, j] : others[t, j - rank]), j < cols, tokens [begin, end).
+    void (*put)(Number activation, const Parts& parts, void* y, int64_t y_stride, int64_t begin, int64_t end);
 };
 
 // By name ("portable", "avx2", "avx512", "avx512_bf16"), or null for the best one that this processor runs.
