@@ -326,11 +326,16 @@ struct Reader {
     }
 };
 
-// Memory between the stages: the calling thread's, kept for its next call.
+char* at_cache_line(void* memory) {
+    return static_cast<char*>(memory) + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
+}
+
+// Memory between the stages: the calling thread's, kept for its next call, up to so many bytes.
+constexpr int64_t kScratchKept = 4 << 20;
 char* scratch(size_t bytes) {
     thread_local std::vector<char> memory;
     if (memory.size() < bytes + 64) memory.resize(bytes + 64);
-    return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+    return at_cache_line(memory.data());
 }
 
 struct Stage {
@@ -415,15 +420,17 @@ void run_stage(const Stage& stage, Number number, int64_t tokens, int64_t member
     }
 }
 
-// A thread that is woken for less than this takes longer than it saves.
+// A thread that is woken for less than this takes longer than it saves: bytes of weights, up to eight tokens.
 constexpr int64_t kBytesPerThread = 32768;
+// More are computed in turns, so that what lies between the stages stays small.
+constexpr int64_t kTokensTogether = 128;
 
 void run_stages(const std::vector<Stage>& stages, Number number, int64_t tokens) {
     int64_t bytes = 0;
     for (const Stage& stage : stages)
         for (const Product& product : stage.products) bytes += product.weight.rows * bytes_of_row(product);
     int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    threads = std::max<int64_t>(1, std::min(threads, bytes / kBytesPerThread));
+    threads = std::max<int64_t>(1, std::min(threads, bytes * ((tokens + 7) / 8) / kBytesPerThread));
 #ifdef _OPENMP
     if (threads > 1) {
 #pragma omp parallel num_threads(int(threads))
@@ -534,6 +541,51 @@ Tensor many_tokens(const std::vector<Layer>& layers, int64_t mode, Number number
 
 // ----
 
+// y [tokens, width] of x [tokens, in], both contiguous, in one parallel region; of the layers `siblings` share x.
+void by_kernels(const std::vector<Layer>& layers, size_t siblings, int64_t mode, Number number, int64_t itemsize,
+                int64_t tokens, const char* x, char* to, int64_t width) {
+    const int64_t in = layers[0].in;
+    // Every z starts at a cache line, and what is still to be put in order; then gate's and up's outputs and their product.
+    std::vector<int64_t> z_strides, z_at, others_at;
+    int64_t bytes = 0;
+    auto take = [&](int64_t elements) {
+        int64_t at = bytes;
+        bytes += (elements * itemsize + 63) / 64 * 64;
+        return at;
+    };
+    auto is_put = [&](const Layer& layer) { return layer.form == kPivoted && tokens >= kTokensToPut; };
+    for (const Layer& layer : layers) {
+        z_strides.push_back((layer.rank + 31) / 32 * 32);
+        z_at.push_back(take(tokens * z_strides.back()));
+        others_at.push_back(take(is_put(layer) ? tokens * (layer.out - layer.rank) : 0));
+    }
+    int64_t middle = mode == kConcatenate ? 0 : tokens * layers[0].out;
+    int64_t gate_at = take(middle), up_at = take(middle), act_at = take(mode == kGatedMlp ? middle : 0);
+    Tensor large;  // which is not kept
+    if (bytes > kScratchKept) large = at::empty({bytes + 64}, at::kByte);
+    char* memory = large.defined() ? at_cache_line(large.mutable_data_ptr<uint8_t>()) : scratch(size_t(bytes));
+
+    // Two products, putting in order, SwiGLU, and the same of down; what there is none of is left out.
+    std::vector<Stage> stages(7);
+    auto add = [&](size_t at, size_t i, const void* from, int64_t from_stride, void* target, int64_t stride) {
+        add_layer(stages, at, layers[i], from, from_stride, target, stride, memory + z_at[i], z_strides[i],
+                  is_put(layers[i]) ? memory + others_at[i] : nullptr);
+    };
+    int64_t column = 0;
+    for (size_t i = 0; i < siblings; ++i) {
+        void* target = mode == kConcatenate ? to + column * itemsize : memory + (i ? up_at : gate_at);
+        add(0, i, x, in, target, mode == kConcatenate ? width : layers[i].out);
+        column += layers[i].out;
+    }
+    if (mode != kConcatenate) {
+        stages[3].gate = memory + gate_at, stages[3].up = memory + up_at, stages[3].elements = middle;
+        stages[3].out = mode == kSwiglu ? to : memory + act_at;
+    }
+    if (mode == kGatedMlp) add(4, 2, memory + act_at, layers[0].out, to, width);
+    stages.erase(std::remove_if(stages.begin(), stages.end(), [](const Stage& s) { return s.is_empty(); }), stages.end());
+    run_stages(stages, number, tokens);
+}
+
 Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spec, int64_t mode) {
     TORCH_CHECK(x.device().is_cpu() && x.dim() >= 1, "fused_linear: x must be a CPU tensor [..., in_features]");
     auto dtype = x.scalar_type();
@@ -578,43 +630,10 @@ Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spe
     if (tokens == 0 || width == 0) return y;
     char* to = static_cast<char*>(y.mutable_data_ptr());
 
-    // Every z starts at a cache line, and what is still to be put in order; then gate's and up's outputs and their product.
-    std::vector<int64_t> z_strides, z_at, others_at;
-    int64_t bytes = 0;
-    auto take = [&](int64_t elements) {
-        int64_t at = bytes;
-        bytes += (elements * itemsize + 63) / 64 * 64;
-        return at;
-    };
-    auto is_put = [&](const Layer& layer) { return layer.form == kPivoted && tokens >= kTokensToPut; };
-    for (const Layer& layer : layers) {
-        z_strides.push_back((layer.rank + 31) / 32 * 32);
-        z_at.push_back(take(tokens * z_strides.back()));
-        others_at.push_back(take(is_put(layer) ? tokens * (layer.out - layer.rank) : 0));
-    }
-    int64_t middle = mode == kConcatenate ? 0 : tokens * layers[0].out;
-    int64_t gate_at = take(middle), up_at = take(middle), act_at = take(mode == kGatedMlp ? middle : 0);
-    char* memory = scratch(size_t(bytes));
-
-    // Two products, putting in order, SwiGLU, and the same of down; what there is none of is left out.
-    std::vector<Stage> stages(7);
-    auto add = [&](size_t at, size_t i, const void* from, int64_t from_stride, void* target, int64_t stride) {
-        add_layer(stages, at, layers[i], from, from_stride, target, stride, memory + z_at[i], z_strides[i],
-                  is_put(layers[i]) ? memory + others_at[i] : nullptr);
-    };
-    int64_t column = 0;
-    for (size_t i = 0; i < siblings; ++i) {
-        void* target = mode == kConcatenate ? to + column * itemsize : memory + (i ? up_at : gate_at);
-        add(0, i, rows.const_data_ptr(), in, target, mode == kConcatenate ? width : layers[i].out);
-        column += layers[i].out;
-    }
-    if (mode != kConcatenate) {
-        stages[3].gate = memory + gate_at, stages[3].up = memory + up_at, stages[3].elements = middle;
-        stages[3].out = mode == kSwiglu ? to : memory + act_at;
-    }
-    if (mode == kGatedMlp) add(4, 2, memory + act_at, layers[0].out, to, width);
-    stages.erase(std::remove_if(stages.begin(), stages.end(), [](const Stage& s) { return s.is_empty(); }), stages.end());
-    run_stages(stages, number, tokens);
+    const auto* from = static_cast<const char*>(rows.const_data_ptr());
+    for (int64_t first = 0; first < tokens; first += kTokensTogether)
+        by_kernels(layers, siblings, mode, number, itemsize, std::min(kTokensTogether, tokens - first),
+                   from + first * in * itemsize, to + first * width * itemsize, width);
     return y;
 }
 

@@ -62,11 +62,11 @@ def test_every_form_and_number_against_float64(isa, way, form, kind, dtype):
 
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
 @pytest.mark.parametrize("cols", [2600, 5001])
-def test_more_inputs_than_are_arranged_together(isa, cols, dtype):
+def test_more_inputs_and_tokens_than_are_computed_together(isa, cols, dtype):
     extension.module.use_few_tokens(2**40)
     try:
         layer = Layer(op.DENSE, cols, 21, 0, dtype)
-        for tokens in (16, 70, 131):
+        for tokens in (16, 70, 261):
             x = inputs(dtype, tokens, cols)
             assert_within(bound(layer, x, dtype), fused(x, [layer]), exact(x, [layer]), f"{tokens} tokens")
     finally:
