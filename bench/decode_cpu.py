@@ -479,9 +479,9 @@ def instructions_line(rates: dict[str, dict[str, float]]) -> str:
     return f"512-bit instructions, in 10⁹ a second, on one thread and on all together: {each}."
 
 
-def result_path(device_name: str) -> pathlib.Path:
+def result_path(device_name: str, kind: str = "decode_cpu") -> pathlib.Path:
     slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return ROOT / "bench" / "results" / f"decode_cpu-{slug}.json"
+    return ROOT / "bench" / "results" / f"{kind}-{slug}.json"
 
 
 def version_of(package: str) -> str | None:

@@ -26,7 +26,6 @@ import dataclasses
 import gc
 import itertools
 import pathlib
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +47,7 @@ from acip_kernels.ops import extension
 from acip_kernels.ops.fused_linear import measured
 from acip_kernels.ops.quantize import Scheme
 
+from . import decode_cpu
 from .decode_cpu import quantized, rank_at
 from .training_step import ROOT, markdown, peak_bytes
 
@@ -608,8 +608,7 @@ def targets_table(found: list[dict]) -> str:
 
 
 def result_path(device_name: str) -> pathlib.Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-    return ROOT / "bench" / "results" / f"generate-{slug}.json"
+    return decode_cpu.result_path(device_name, "generate")
 
 
 def main(

@@ -2,8 +2,8 @@
 
 The README's are those of `make demo`; with a path, that summary is first stored under `bench/results/`, and its plots
 under `docs/`. The training page's are those of `bench.training_step` and its neighbours, the quality page's those of
-`bench.quality`, the decoding page's those of `bench.decode_cpu` and `bench.generate`. So no number there is typed by
-hand; a test compares them with what this file makes of the stored results.
+`bench.quality`, the decoding page's those of `bench.decode_cpu`, `bench.generate` and `bench.prompt`. So no number there
+is typed by hand; a test compares them with what this file makes of the stored results.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from . import (
     kernel_builds,
     kernels_gpu,
     many_devices,
+    prompt,
     quality,
     quality_bits,
     quality_search,
@@ -162,6 +163,16 @@ def decoding_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
     if not models:
         parts.append("### Whole models\n")
         parts.append("Not measured: `python -m bench.generate` writes what belongs here.\n")
+    for path in sorted(results.glob("prompt-*.json")):
+        summary = files.read_json(path)
+        parts.append(f"### Prompts: {measured_on(summary['device'])}\n")
+        parts.append(
+            f"One forward pass, ms (× two `F.linear`); medians of {summary['setting']['rounds']} rounds; models and "
+            "variants as above.\n"
+        )
+        for name in dict.fromkeys(row["model"] for row in summary["rows"]):
+            parts.append(f"{name}:\n")
+            parts.append(prompt.table([row for row in summary["rows"] if row["model"] == name]))
     return "\n".join(parts)
 
 
