@@ -2,8 +2,8 @@
 
 The README's are those of `make demo`; with a path, that summary is first stored under `bench/results/`, and its plots
 under `docs/`. The training page's are those of `bench.training_step` and its neighbours, the quality page's those of
-`bench.quality`, the decoding page's those of `bench.decode_cpu`, `bench.generate` and `bench.prompt`. So no number there
-is typed by hand; a test compares them with what this file makes of the stored results.
+`bench.quality`, the decoding page's those of `bench.decode_cpu`, `bench.generate` and `bench.prompt`. So no number
+there is typed by hand; a test compares them with what this file makes of the stored results.
 """
 
 from __future__ import annotations
