@@ -201,17 +201,15 @@ def training_plan(
 # ---- deployed layers
 
 
-def few_tokens(
-    dtype: torch.dtype, in_features: int, out_features: int, *, weights: str = "plain", pivoted: bool = False
-) -> int:
+def few_tokens(dtype: torch.dtype, weights: str = "plain") -> int:
     """Up to how many tokens the native CPU kernels compute a deployed layer; of more, torch's products are faster.
 
-    Measured with AVX-512 and its bfloat16 instructions (`bench.decode_cpu`); 32 with others. Above it quantized weights
-    are made plain once a call, by the native extension, which also brings a pivoted layer's outputs into order.
+    Measured with AVX-512 and its bfloat16 instructions (`bench.decode_cpu`), over layers of all sizes; 32 with others.
+    Above it quantized weights are made plain once a call, by the native extension, which also brings a pivoted layer's
+    outputs into order.
 
     Args:
         dtype: of the activations: float32, bfloat16 or float16.
-        in_features, out_features, pivoted: of the layer.
         weights: "plain", "int8" or "int4".
 
     Returns:
@@ -227,7 +225,7 @@ def few_tokens(
         )
     if not extension.available():
         return 0
-    return extension.module.few_tokens(names[dtype], weights, pivoted, in_features, out_features)
+    return extension.module.few_tokens(names[dtype], weights)
 
 
 # ---- deployed layers on a GPU

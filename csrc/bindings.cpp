@@ -420,6 +420,16 @@ void run_stage(const Stage& stage, Number number, int64_t tokens, int64_t member
     }
 }
 
+// What a member reads first of a stage is asked for while it waits for the others: memory takes longer than a barrier.
+void fetch_stage(const Stage& stage, int64_t member, int64_t members) {
+    constexpr int64_t kFetched = 32768;
+    if (stage.products.empty()) return;
+    const Matrix& weight = stage.products[0].weight;
+    const int64_t begin = weight.rows * member / members * weight.stride, end = weight.rows * (member + 1) / members * weight.stride;
+    const char* from = static_cast<const char*>(weight.data) + begin;
+    for (int64_t at = 0; at < std::min(end - begin, kFetched); at += 64) __builtin_prefetch(from + at, 0, 2);
+}
+
 // A thread that is woken for less than this takes longer than it saves: bytes of weights, up to eight tokens.
 constexpr int64_t kBytesPerThread = 32768;
 // More are computed in turns, so that what lies between the stages stays small.
@@ -441,6 +451,7 @@ void run_stages(const std::vector<Stage>& stages, Number number, int64_t tokens)
 #pragma omp barrier
                 }
                 run_stage(stages[i], number, tokens, member, members);
+                if (i + 1 < stages.size()) fetch_stage(stages[i + 1], member, members);
             }
         }
         return;
@@ -467,9 +478,9 @@ bool has_half_products() {
 #endif
 }
 
-// Up to how many tokens the kernels above are faster than torch's products for a layer [out, in] of `type` weights: as
-// measured with AVX-512 and its bfloat16 (bench.decode_cpu), and less where nothing was measured.
-int64_t few_tokens(Number number, Number type, bool pivoted, int64_t in, int64_t out) {
+// Up to how many tokens the kernels above are faster than torch's products for a weight of `type`: as measured with
+// AVX-512 and its bfloat16 (bench.decode_cpu), and less where nothing was measured.
+int64_t few_tokens(Number number, Number type) {
     if (few_tokens_set >= 0) return few_tokens_set;
     if (std::strcmp(decode->name, "avx512_bf16")) return 32;
     // torch makes floats of halves one by one.
@@ -477,11 +488,7 @@ int64_t few_tokens(Number number, Number type, bool pivoted, int64_t in, int64_t
     // Codes are made numbers anew for every few tokens, or once for a product of torch's.
     if (type == Number::i4 || number == Number::f16) return 32;
     if (type == Number::i8) return number == Number::f32 ? 128 : 64;
-    return number == Number::f32 ? 512 : pivoted ? 256 : 128;
-}
-
-int64_t few_tokens(Number number, const Layer& layer) {
-    return few_tokens(number, layer.first.type, layer.form == kPivoted, layer.in, layer.out);
+    return number == Number::f32 ? 512 : 256;
 }
 
 // x weightᵀ + bias, into y where that is given. What a matrix library does not know as a weight is made of its codes.
@@ -622,7 +629,7 @@ Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spe
     int64_t tokens = in ? x.numel() / in : c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
     Tensor rows = x.is_contiguous() ? x : x.contiguous();
     for (const Layer& layer : layers)
-        if (tokens > few_tokens(number, layer)) {
+        if (tokens > few_tokens(number, layer.first.type)) {
             at::AutoDispatchBelowADInplaceOrView below;  // as all kernels
             return many_tokens(layers, mode, number, rows.view({tokens, in}), width).view(sizes);
         }
@@ -680,10 +687,9 @@ PYBIND11_MODULE(_native, m) {
         pybind11::arg("name") = "", "Run the kernels of this instruction set; nothing for the best one (for tests).");
     m.def(
         "few_tokens",
-        [](const std::string& dtype, const std::string& weights, bool pivoted, int64_t in, int64_t out) {
+        [](const std::string& dtype, const std::string& weights) {
             Number number = dtype == "float32" ? Number::f32 : dtype == "bfloat16" ? Number::bf16 : Number::f16;
-            Number type = weights == "int8" ? Number::i8 : weights == "int4" ? Number::i4 : number;
-            return few_tokens(number, type, pivoted, in, out);
+            return few_tokens(number, weights == "int8" ? Number::i8 : weights == "int4" ? Number::i4 : number);
         },
         "Up to how many tokens the kernels compute a layer (see acip_kernels.plan.few_tokens).");
     m.def(

@@ -1,7 +1,5 @@
 """The native operator of deployed layers against float64: every instruction set, form, number and way of storing it."""
 
-import itertools
-
 import operators
 import pytest
 import torch
@@ -210,10 +208,11 @@ def test_no_tokens_no_rank_no_outputs(isa, way):
 
 
 def test_few_tokens_are_what_the_plan_says(isa):
-    for dtype, in_, out in itertools.product(op.DTYPES, (30, 50), (30, 50)):
+    for dtype in op.DTYPES:
+        in_, out = 30, 50
         for name, kind in KINDS.items():
-            most = plan.few_tokens(dtype, in_, out, weights=name.split()[0])
-            if most > 200:  # float16 without instructions for it
+            most = plan.few_tokens(dtype, name.split()[0])
+            if most > 1000:  # float16 without instructions for it
                 continue
             layer = Layer(op.FACTORS, in_, out, 9, dtype, kind)
             x = inputs(dtype, most + 1, in_)
@@ -223,9 +222,9 @@ def test_few_tokens_are_what_the_plan_says(isa):
             extension.module.use_few_tokens(0)
             assert torch.equal(fused(x, [layer]), by_products)
             extension.module.use_few_tokens()
-    assert plan.few_tokens(torch.float32, 30, 30) >= 32
+    assert plan.few_tokens(torch.float32) >= 32
     with pytest.raises(ValueError, match="float64"):
-        plan.few_tokens(torch.float64, 30, 30)
+        plan.few_tokens(torch.float64)
 
 
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)

@@ -844,8 +844,11 @@ inline __m512 lane_products(__m512 sum, const bf16* weights, __m512i lanes) {
 #endif
 
 // to[block][row][token] = the sums of 8 rows `w` for B blocks of 16 tokens. apart: floats from one block to the next.
+// ahead: bytes to the rows that come next, which are asked for meanwhile; 8 short rows are no stream that the processor
+// would follow by itself. 0: they have been read.
 template <class X, int64_t B>
-void lane_rows(const X* const (&w)[kLaneRows], int64_t cols, const float* lanes, int64_t apart, float (*to)[16][kLanes]) {
+void lane_rows(const X* const (&w)[kLaneRows], int64_t cols, const float* lanes, int64_t apart, int64_t ahead,
+               float (*to)[16][kLanes]) {
     __m512 sums[kLaneRows][B];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kLaneRows; ++r)
@@ -861,7 +864,14 @@ void lane_rows(const X* const (&w)[kLaneRows], int64_t cols, const float* lanes,
             for (int64_t b = 0; b < B; ++b) sums[r][b] = lane_products(sums[r][b], weight(r), x[b]);
     };
     const int64_t whole = cols / kUnit<X>;
-    for (int64_t u = 0; u < whole; ++u) unit(u, [&](int64_t r) { return w[r] + u * kUnit<X>; });
+    for (int64_t line = 0; line < whole; line += 16) {
+        if (ahead)
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kLaneRows; ++r)
+                __builtin_prefetch(reinterpret_cast<const char*>(w[r] + line * kUnit<X>) + ahead);
+        const int64_t end = whole - line < 16 ? whole : line + 16;
+        for (int64_t u = line; u < end; ++u) unit(u, [&](int64_t r) { return w[r] + u * kUnit<X>; });
+    }
     if (cols % kUnit<X>) {  // half a unit, and behind it another row or nothing
         X last[kLaneRows][kUnit<X>] = {};
         for (int64_t r = 0; r < kLaneRows; ++r) last[r][0] = w[r][cols - 1];
@@ -910,10 +920,11 @@ void product_by_lanes(const Product& p, int64_t tokens, int64_t begin, int64_t e
                         w[r] = reinterpret_cast<const X*>(static_cast<const char*>(p.weight.data) + at * p.weight.stride);
                     }
                     auto to = reinterpret_cast<float(*)[16][kLanes]>(sums[0][half]);
+                    const int64_t ahead = b == 0 ? kLaneRows * p.weight.stride : 0;
                     if (both == 2)
-                        lane_rows<X, 2>(w, cols, lanes + b * apart, apart, to);
+                        lane_rows<X, 2>(w, cols, lanes + b * apart, apart, ahead, to);
                     else
-                        lane_rows<X, 1>(w, cols, lanes + b * apart, apart, to);
+                        lane_rows<X, 1>(w, cols, lanes + b * apart, apart, ahead, to);
                 }
                 for (int64_t k = 0; k < both; ++k) {
                     __m512i v[16];
