@@ -22,12 +22,18 @@ TOKENS = (1, 2, 5, 7, 13, 32, 49)
 isa = operators.isa  # a fixture
 
 
+@pytest.fixture(autouse=True)
+def few_tokens_as_measured():
+    """Whatever a test has set, and however it ends."""
+    yield
+    extension.module.use_few_tokens()
+
+
 @pytest.fixture(params=["few", "many"])
 def way(request):
     """By the kernels alone, or by torch's products with what they need around them, whatever the number of tokens."""
     extension.module.use_few_tokens(2**40 if request.param == "few" else 0)
-    yield request.param
-    extension.module.use_few_tokens()
+    return request.param
 
 
 # A weight of codes is rounded as it is made, both of a layer's are; and z before `s`.
