@@ -329,10 +329,10 @@ class DecodeConfig:
         """The kernels' constants that follow from this."""
         return {"DOT": tokens > 1, "ROWS": self.rows, "K": self.k, "T": 16 if tokens > 1 else 1}
 
-    def options(self, dependent: bool = False) -> dict:
-        """Triton's launch options. dependent: the launch waits for the one before it by itself."""
+    def options(self) -> dict:
+        """Triton's launch options."""
         # Loads run ahead by one tile in the source; Triton's own pipelining would hold them in shared memory.
-        return {"num_warps": self.warps, "num_stages": 1} | ({"launch_pdl": True} if dependent else {})
+        return {"num_warps": self.warps, "num_stages": 1} | ({"launch_pdl": True} if self.pdl else {})
 
 
 def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[Weight, ...], split: bool) -> str | None:
@@ -343,12 +343,12 @@ def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[We
     if tokens > 1 and (config.rows < 16 or config.k < 32):
         return "tensor cores take tiles of at least 16 rows and 32 columns"
     packed = any(kind in _INT4 for _, _, kind, _ in weights)
-    if packed and config.k != 64:
-        return "int4 is read 64 columns at a time"
+    if packed and tokens > 1 and config.k != 64:
+        return "of several tokens int4 is read 64 columns at a time"
     threads = 32 * config.warps
     if threads > 1024:
         return "a program has up to 32 warps"
-    elements = config.rows * (32 if packed else config.k) / threads
+    elements = config.rows * config.k / (2 if packed else 1) / threads
     if elements > 64:
         return "a tile of more than 64 elements a thread does not stay in registers"
     # Of two bytes, or of one: what float32 is has twice as much.
@@ -368,7 +368,7 @@ def decode_configs(
 ) -> Iterator[tuple[DecodeConfig, str | None]]:
     """Every config that is thought of, with what makes it illegal."""
     for rows, k, warps, splits in itertools.product(
-        (4, 8, 16, 32, 64, 128), (64, 128, 256, 512), (2, 4, 8), (1, 2, 4, 8, 16) if split else (1,)
+        (1, 2, 4, 8, 16, 32, 64, 128), (64, 128, 256, 512, 1024, 2048), (2, 4, 8), (1, 2, 4, 8, 16) if split else (1,)
     ):
         config = DecodeConfig(rows, k, splits, warps, device.pdl_gap is not None)
         yield config, why_not(config, device, tokens, weights, split)

@@ -39,14 +39,19 @@ def choose_backend(
     available: Mapping[str, Callable],
     x: Tensor | None = None,
     dtypes: tuple[torch.dtype, ...] = extension.DTYPES,
+    gpu: bool = False,
 ):
     """The implementation that `backend` names; only "auto" may choose.
 
-    "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; else the
-    reference. It never takes Triton's or CUDA's: no GPU has shown yet where they win, so they are to be asked for.
+    "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; with
+    `gpu`, Triton's for an `x` on a GPU; else the reference. gpu: whether a measurement has shown that those win
+    whatever the shape (`docs/gpu.md`); where it depends on that, `acip tune` measures, and otherwise they are to be
+    asked for.
     Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
     """
     if backend == "auto":
+        if gpu and x is not None and "triton" in available and x.is_cuda and takes_triton(x):
+            return available["triton"]
         native = "native" in available and (x is None or extension.takes(x, dtypes))
         return available["native" if native else "reference"]
     if backend not in KNOWN_BACKENDS:

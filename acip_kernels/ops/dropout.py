@@ -7,6 +7,11 @@ from torch import Tensor
 
 from . import extension
 
+try:
+    from . import triton_dropout
+except ImportError:  # a machine without Triton
+    triton_dropout = None  # type: ignore[assignment]
+
 _WORD = 0xFFFFFFFF
 
 
@@ -39,6 +44,8 @@ def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
     number = int(seed)
     if extension.takes(x):
         return torch.ops.acip.dropout(x, number, threshold(p), 1 / (1 - p))
+    if triton_dropout is not None and triton_dropout.takes(x):
+        return triton_dropout.run(x, torch.empty_like(x), number, threshold(p), 1 / (1 - p), add=False)
     kept = keeps(number, x.numel(), p, x.device).view(x.shape)
     return torch.where(kept, x * (1 / (1 - p)), 0).to(x.dtype)
 
@@ -48,4 +55,6 @@ def add_dropped(to: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     if extension.takes(x):
         torch.ops.acip.dropout_add_(to, x, int(seed), threshold(p), 1 / (1 - p))
         return to
+    if triton_dropout is not None and triton_dropout.takes(x) and to.is_contiguous() and x.is_contiguous():
+        return triton_dropout.run(x, to, int(seed), threshold(p), 1 / (1 - p), add=True)
     return to.add_(drop(x, p, seed))

@@ -11,8 +11,9 @@ multiplied and added, more go through tensor cores, with the weights as their ro
 eight-bit floats become numbers in registers; a scale is applied to sums: of a row (int8, fp8), or of a group's part of
 a row (int4).
 
-With `pdl` (programmatic dependent launch, from sm_90 on) `expand` starts while `shrink` still runs, reads its first
-weights, and waits only before it reads partial sums.
+With `pdl` (programmatic dependent launch, from sm_90 on) every launch starts while the one before it still runs, asks
+for its first weights, and waits only before it reads inputs or writes anything. (So whoever changes weights on the
+stream has to do it by a launch that does not let the next one start early: nothing but these kernels does.)
 """
 
 from __future__ import annotations
@@ -85,6 +86,21 @@ def _inputs(
 
 
 @triton.jit
+def _input(
+    x, s, splits, split_stride, k, cols, PARTIAL: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr
+):  # fmt: skip
+    """As `_inputs`, of one token, in the shape of k."""
+    mask = k < cols
+    values = tl.load(x + k, mask=mask, other=0.0, eviction_policy="evict_last")
+    if PARTIAL:
+        for split in range(1, splits):
+            values += tl.load(x + k + split * split_stride, mask=mask, other=0.0, eviction_policy="evict_last")
+        if SCALED:
+            values *= tl.load(s + k, mask=mask, other=0.0)
+    return values.to(TYPE)
+
+
+@triton.jit
 def _multiply(
     w, w_stride, scales, zeros, groups, row, rows,
     x, x_stride, s, splits, split_stride, tokens, cols, begin, end,
@@ -126,7 +142,7 @@ def _multiply(
         if KIND != 0:
             result *= tl.load(scales + row, mask=live, other=0.0)[:, None]
         return result
-    else:  # int4: blocks of 64 columns, column j of a block in the low half of byte j and j + 32 in its high half
+    elif DOT:  # int4: blocks of 64 columns, column j of a block in the low half of byte j and j + 32 in its high half
         offsets = tl.arange(0, 32)
         at = w + row[:, None].to(tl.int64) * w_stride + offsets[None, :]
         codes = tl.load(at + begin // 2, mask=live[:, None], other=0, eviction_policy="evict_first")
@@ -145,14 +161,39 @@ def _multiply(
                 else:
                     numbers -= 8
                 inputs = _inputs(x, x_stride, s, splits, split_stride, t, tokens, column, cols, PARTIAL, SCALED, TYPE)
-                if DOT:
-                    part = _dot(_numbers(numbers, KIND, TYPE), inputs.T)
-                else:
-                    part = tl.sum(numbers.to(tl.float32) * inputs.to(tl.float32), axis=1)[:, None]
-                result += part * scale[:, None]
+                result += _dot(_numbers(numbers, KIND, TYPE), inputs.T) * scale[:, None]
             mask = live[:, None] & (k + 64 < end)
             codes = tl.load(at + (k + 64) // 2, mask=mask, other=0, eviction_policy="evict_first")
         return result
+    else:  # the same for one token, of many blocks at a time
+        block, byte = tl.arange(0, K // 64), tl.arange(0, 32)
+        column = 64 * block[:, None] + byte[None, :]
+        first = row.to(tl.int64)
+        at = w + first[:, None, None] * w_stride + 32 * block[None, :, None] + byte[None, None, :]
+        mask = live[:, None, None] & (begin + 64 * block < end)[None, :, None]
+        codes = tl.load(at + begin // 2, mask=mask, other=0, eviction_policy="evict_first")
+        if WAIT:
+            gdc_wait()
+        sums = tl.zeros([ROWS, K // 64], tl.float32)
+        for k in range(begin, end, K):
+            inside = live[:, None] & (k + 64 * block < end)[None, :]
+            part = tl.zeros([ROWS, K // 64, 32], tl.float32)
+            for half in tl.static_range(2):
+                numbers = ((codes >> 4) if half else (codes & 15)).to(tl.int32)
+                group = tl.minimum((k + 64 * block + 32 * half) // GROUP, groups - 1)
+                index = first[:, None] * groups + group[None, :]
+                if KIND == 3:
+                    numbers -= (tl.load(zeros + index, mask=inside, other=8).to(tl.int32) & 15)[:, :, None]
+                else:
+                    numbers -= 8
+                inputs = _input(x, s, splits, split_stride, k + 32 * half + column, cols, PARTIAL, SCALED, TYPE)
+                part += numbers.to(tl.float32) * inputs.to(tl.float32)[None, :, :]
+                if GROUP == 32 or half == 1:
+                    sums += tl.sum(part, axis=2) * tl.load(scales + index, mask=inside, other=0.0).to(tl.float32)
+                    part = tl.zeros([ROWS, K // 64, 32], tl.float32)
+            mask = live[:, None, None] & (k + K + 64 * block < end)[None, :, None]
+            codes = tl.load(at + (k + K) // 2, mask=mask, other=0, eviction_policy="evict_first")
+        return tl.sum(sums, axis=1)[:, None]
 
 
 # ---- the launches
@@ -175,7 +216,7 @@ def shrink_kernel(
     if PDL:
         gdc_launch_dependents()
     tile, split = tl.program_id(0), tl.program_id(1)
-    begin = split * span
+    begin = tl.multiple_of(split * span, 64)  # so the loads know how their addresses are aligned
     end = tl.minimum(begin + span, cols)
     t = tl.arange(0, T)
     tiles0, tiles1 = tl.cdiv(rows0, ROWS), tl.cdiv(rows1, ROWS)
@@ -185,21 +226,21 @@ def shrink_kernel(
     if COUNT == 1 or tile < tiles0:
         sums = _multiply(
             w0, stride0, scales0, zeros0, groups0, row, rows0, x, x_stride, x, 1, 0, tokens, cols, begin, end,
-            KIND0, GROUP0, False, False, TYPE, False, DOT, ROWS, K, T,
+            KIND0, GROUP0, False, False, TYPE, PDL, DOT, ROWS, K, T,
         )  # fmt: skip
     elif COUNT == 2 or tile < tiles0 + tiles1:
         row -= tiles0 * ROWS
         first, rows = rows0, rows1
         sums = _multiply(
             w1, stride1, scales1, zeros1, groups1, row, rows1, x, x_stride, x, 1, 0, tokens, cols, begin, end,
-            KIND1, GROUP1, False, False, TYPE, False, DOT, ROWS, K, T,
+            KIND1, GROUP1, False, False, TYPE, PDL, DOT, ROWS, K, T,
         )  # fmt: skip
     else:
         row -= (tiles0 + tiles1) * ROWS
         first, rows = rows0 + rows1, rows2
         sums = _multiply(
             w2, stride2, scales2, zeros2, groups2, row, rows2, x, x_stride, x, 1, 0, tokens, cols, begin, end,
-            KIND2, GROUP2, False, False, TYPE, False, DOT, ROWS, K, T,
+            KIND2, GROUP2, False, False, TYPE, PDL, DOT, ROWS, K, T,
         )  # fmt: skip
     to = partial + (split * tokens + t[None, :]) * ranks + first + row[:, None]
     tl.store(to, sums, mask=(row < rows)[:, None] & (t < tokens)[None, :])
@@ -219,7 +260,7 @@ def _expand(
     if FORM == 0:
         sums = _multiply(
             w, w_stride, scales, zeros, groups, row, rows, x, x_stride, x, 1, 0, tokens, rank, 0, rank,
-            KIND, GROUP, False, False, TYPE, False, DOT, ROWS, K, T,
+            KIND, GROUP, False, False, TYPE, PDL, DOT, ROWS, K, T,
         )  # fmt: skip
         to = row
     elif FORM == 1:
@@ -267,6 +308,8 @@ def expand_kernel(
 
     rank: columns of the weight: of a dense layer (form 0) the input's, else the layer's rank.
     """
+    if PDL:
+        gdc_launch_dependents()
     tile = tl.program_id(0)
     tiles0 = tl.cdiv(rows0, ROWS) + (tl.cdiv(rank0, ROWS) if FORM0 == 2 else 0)
     tiles1 = tl.cdiv(rows1, ROWS) + (tl.cdiv(rank1, ROWS) if FORM1 == 2 else 0)
@@ -310,13 +353,15 @@ def swiglu_expand_kernel(
     TYPE: tl.constexpr, PDL: tl.constexpr, DOT: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """y `[tokens, rows]` = `silu(gate) ⊙ up`: a program makes the same outputs of both layers, neither pivoted."""
+    if PDL:
+        gdc_launch_dependents()
     t = tl.arange(0, T)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     size = tokens * ranks
     if FORM0 == 0:
         gate = _multiply(
             w0, stride0, scales0, zeros0, groups0, row, rows, x, x_stride, x, 1, 0, tokens, rank0, 0, rank0,
-            KIND0, GROUP0, False, False, TYPE, False, DOT, ROWS, K, T,
+            KIND0, GROUP0, False, False, TYPE, PDL, DOT, ROWS, K, T,
         )  # fmt: skip
     else:
         gate = _multiply(
@@ -326,7 +371,7 @@ def swiglu_expand_kernel(
     if FORM1 == 0:
         up = _multiply(
             w1, stride1, scales1, zeros1, groups1, row, rows, x, x_stride, x, 1, 0, tokens, rank1, 0, rank1,
-            KIND1, GROUP1, False, False, TYPE, False, DOT, ROWS, K, T,
+            KIND1, GROUP1, False, False, TYPE, PDL, DOT, ROWS, K, T,
         )  # fmt: skip
     else:
         z = partial + (0 if FORM0 == 0 else rank0)
@@ -479,10 +524,9 @@ def _concatenate(x: Tensor, layers: list[Layer], choose: Callable, device: Devic
         if layer is not None:
             tiles += triton.cdiv(layer.last.rows, chosen.rows)
             tiles += triton.cdiv(layer.rank, chosen.rows) if layer.form == PIVOTED else 0
-    pdl = chosen.pdl and ranks > 0
     _launch(
         expand_kernel, (tiles,), x, x, x.stride(0), tokens, partial, ranks, splits, y, width, *arguments, **constants,
-        COUNT=len(layers), TYPE=_TYPES[x.dtype], PDL=pdl, **chosen.constants(tokens), **chosen.options(dependent=pdl),
+        COUNT=len(layers), TYPE=_TYPES[x.dtype], PDL=chosen.pdl, **chosen.constants(tokens), **chosen.options(),
     )  # fmt: skip
     return y
 
@@ -497,7 +541,6 @@ def _swiglu(x: Tensor, layers: list[Layer], choose: Callable, device: Device) ->
         return swiglu(_concatenate(x, layers, choose, device))
     partial, splits, ranks = _shrink(x, layers, choose, device)
     chosen = choose([gate.last, up.last], together=True)
-    pdl = chosen.pdl and ranks > 0
     arguments: list = []
     constants: dict[str, Any] = {}
     for number, layer in enumerate(layers):
@@ -507,7 +550,7 @@ def _swiglu(x: Tensor, layers: list[Layer], choose: Callable, device: Device) ->
     _launch(
         swiglu_expand_kernel, (triton.cdiv(width, chosen.rows),), x,
         x, x.stride(0), tokens, partial, ranks, splits, y, width, width, *arguments, **constants,
-        TYPE=_TYPES[x.dtype], PDL=pdl, **chosen.constants(tokens), **chosen.options(dependent=pdl),
+        TYPE=_TYPES[x.dtype], PDL=chosen.pdl, **chosen.constants(tokens), **chosen.options(),
     )  # fmt: skip
     return y
 
