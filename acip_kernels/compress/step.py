@@ -176,7 +176,7 @@ class TrainingStep:
                 multiple = rank_multiple(layer.U.dtype)
                 rank = min(-(-rank // multiple) * multiple, layer.full_rank)
                 if rank < computed * (1.0 if everything else 1 - WORTH_COMPACTING):
-                    layer.compact(_filled_up(layer.live, rank), join=True)
+                    layer.compact(filled_up(layer.live, rank), join=True)
                     self._copies = None
         self._choose_routes()
 
@@ -277,7 +277,7 @@ def endless(batches: Iterable[dict], consumed: int = 0) -> Iterator[dict]:
             )
 
 
-def _filled_up(live: Tensor, rank: int) -> Tensor:
+def filled_up(live: Tensor, rank: int) -> Tensor:
     """`live` and as many of the dead, the first ones, as make `rank`."""
     missing = rank - int(live.sum())
     keep = live.clone()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import extension
+from .common import product
 
 try:
     from . import triton_dropout
@@ -58,3 +59,27 @@ def add_dropped(to: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     if triton_dropout is not None and triton_dropout.takes(x) and to.is_contiguous() and x.is_contiguous():
         return triton_dropout.run(x, to, int(seed), threshold(p), 1 / (1 - p), add=True)
     return to.add_(drop(x, p, seed))
+
+
+# ---- an adapter's products with a dropped input
+
+
+def dropped_product(x: Tensor, A: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
+    """`out [tokens, r] = drop(x) Aᵀ`, for x `[tokens, in]` and A `[r, in]`."""
+    if triton_dropout is not None and triton_dropout.takes_products(x, A):
+        return triton_dropout.product(x, A, out, int(seed), threshold(p), 1 / (1 - p))
+    return product(drop(x, p, seed), A.t(), out=out)
+
+
+def dropped_gradient(h: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`hᵀ drop(x) [r, in]`, for h `[tokens, r]` and x `[tokens, in]`; in x's dtype, or more exact."""
+    if triton_dropout is not None and triton_dropout.takes_products(x, h):
+        return triton_dropout.gradient(h, x, int(seed), threshold(p), 1 / (1 - p))
+    return product(h.t(), drop(x, p, seed))
+
+
+def add_dropped_product(to: Tensor, h: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`to [tokens, in] += drop(h A)`, in place, for h `[tokens, r]` and A `[r, in]`."""
+    if triton_dropout is not None and triton_dropout.takes_products(to, A) and h.stride(1) == 1:
+        return triton_dropout.add_product(to, h, A, int(seed), threshold(p), 1 / (1 - p))
+    return add_dropped(to, product(h, A), p, seed)

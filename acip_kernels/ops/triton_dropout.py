@@ -1,4 +1,8 @@
-"""`ops.dropout` on a GPU: one pass over memory, with the same choice of what is kept, to the bit."""
+"""`ops.dropout` on a GPU: one pass over memory, with the same choice of what is kept, to the bit.
+
+And an adapter's products with a dropped input, of numbers of two bytes. Its rank is so small that reading the input is
+all they cost: dropped while it is read, or while the result is written, it is neither written nor read once more.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,21 @@ def _mix(v):
 
 
 # Seeds are new numbers at every call: compiling for what they happen to be divisible by would never end.
-@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
-def drop_kernel(x, to, elements, low_seed, high_seed, threshold, factor, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    """to `[elements]` = x · factor where it is kept, else 0; with ADD that is added to what is there.
-
-    Seeds and threshold are 32 bits each, as signed numbers.
-    """
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = number < elements
+@triton.jit
+def _kept(number, low_seed, high_seed, threshold):
+    """Whether element `number` (int64) is kept; seeds and threshold are 32 bits each, as signed numbers."""
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
     key = high_seed.to(tl.uint32, bitcast=True) ^ (high * 0x9E3779B9)
-    kept = _mix(_mix(low ^ low_seed.to(tl.uint32, bitcast=True)) ^ key) >= threshold.to(tl.uint32, bitcast=True)
+    return _mix(_mix(low ^ low_seed.to(tl.uint32, bitcast=True)) ^ key) >= threshold.to(tl.uint32, bitcast=True)
+
+
+# Seeds are new numbers at every call: compiling for what they happen to be divisible by would never end.
+@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+def drop_kernel(x, to, elements, low_seed, high_seed, threshold, factor, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """to `[elements]` = x · factor where it is kept, else 0; with ADD that is added to what is there."""
+    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = number < elements
+    kept = _kept(number, low_seed, high_seed, threshold)
     values = tl.load(x + number, mask=inside, other=0.0).to(tl.float32) * factor
     dropped = tl.where(kept, values, 0.0).to(to.dtype.element_ty)
     if ADD:
@@ -40,20 +48,145 @@ def drop_kernel(x, to, elements, low_seed, high_seed, threshold, factor, ADD: tl
     tl.store(to + number, dropped.to(to.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _dropped(x, token, column, tokens, columns, low_seed, high_seed, threshold, factor):
+    """A tile of the dropped input, rounded."""
+    number = token.to(tl.int64)[:, None] * columns + column[None, :]
+    inside = (token < tokens)[:, None] & (column < columns)[None, :]
+    values = tl.load(x + number, mask=inside, other=0.0)
+    kept = _kept(number, low_seed, high_seed, threshold)
+    return tl.where(kept, values.to(tl.float32) * factor, 0.0).to(values.dtype)
+
+
+@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+def product_kernel(
+    x, A, z, tokens, columns, rank, A_row, z_row, low_seed, high_seed, threshold, factor,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """z `[tokens, rank]` = drop(x) Aᵀ, for contiguous x `[tokens, columns]` and A `[rank, columns]`."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    r = tl.arange(0, RANK)
+    sums = tl.zeros((BLOCK_TOKENS, RANK), tl.float32)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        values = _dropped(x, token, column, tokens, columns, low_seed, high_seed, threshold, factor)
+        inside = (column < columns)[:, None] & (r < rank)[None, :]
+        weights = tl.load(A + r[None, :] * A_row + column[:, None], mask=inside, other=0.0)
+        sums = triton_products._add_product(values, weights, sums)
+    to = z + token[:, None].to(tl.int64) * z_row + r[None, :]
+    tl.store(to, sums.to(z.dtype.element_ty), mask=(token < tokens)[:, None] & (r < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+def gradient_kernel(
+    h, x, partials, tokens, columns, rank, h_row, span, low_seed, high_seed, threshold, factor,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """partials `[splits, rank, columns]`, float32: hᵀ drop(x) of `span` tokens each, for h `[tokens, rank]`."""
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    r, begin = tl.arange(0, RANK), tl.program_id(1) * span
+    sums = tl.zeros((RANK, BLOCK_COLUMNS), tl.float32)
+    for start in range(begin, tl.minimum(begin + span, tokens), BLOCK_TOKENS):
+        token = start + tl.arange(0, BLOCK_TOKENS)
+        values = _dropped(x, token, column, tokens, columns, low_seed, high_seed, threshold, factor)
+        inside = (token < tokens)[None, :] & (r < rank)[:, None]
+        gradient = tl.load(h + token[None, :].to(tl.int64) * h_row + r[:, None], mask=inside, other=0.0)
+        sums = triton_products._add_product(gradient, values, sums)
+    to = partials + (tl.program_id(1) * rank + r[:, None]) * columns + column[None, :]
+    tl.store(to, sums, mask=(r < rank)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+def add_product_kernel(
+    to, h, A, tokens, columns, rank, h_row, A_row, low_seed, high_seed, threshold, factor,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """to `[tokens, columns]`, contiguous, += drop(h A), where h A and what is dropped are rounded as by themselves."""
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    r = tl.arange(0, RANK)
+    there = (token < tokens)[:, None] & (column < columns)[None, :]
+    number = token.to(tl.int64)[:, None] * columns + column[None, :]
+    old = tl.load(to + number, mask=there, other=0.0)
+    gradient = tl.load(
+        h + token[:, None].to(tl.int64) * h_row + r[None, :], mask=(token < tokens)[:, None] & (r < rank)[None, :],
+        other=0.0,
+    )  # fmt: skip
+    inside = (r < rank)[:, None] & (column < columns)[None, :]
+    weights = tl.load(A + r[:, None] * A_row + column[None, :], mask=inside, other=0.0)
+    part = triton_products._add_product(gradient, weights, tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32))
+    part = part.to(old.dtype).to(tl.float32) * factor
+    part = tl.where(_kept(number, low_seed, high_seed, threshold), part, 0.0).to(old.dtype)
+    tl.store(to + number, (old.to(tl.float32) + part.to(tl.float32)).to(old.dtype), mask=there)
+
+
 def takes(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run(x: Tensor, to: Tensor, seed: int, threshold: int, factor: float, *, add: bool) -> Tensor:
-    """`to`, both contiguous and of one size and dtype."""
+def takes_products(x: Tensor, other: Tensor) -> bool:
+    """Whether an adapter's products are computed here: float32's are not exact on tensor cores, and slow without."""
+    return takes(x) and x.element_size() == 2 and x.is_contiguous() and x.dtype == other.dtype and other.stride(1) == 1
 
+
+def _random(seed: int, threshold: int, factor: float) -> tuple:
     def signed(word: int) -> int:
         word &= 0xFFFFFFFF
         return word - (word >> 31 << 32)
 
+    return signed(seed), signed(seed >> 32), signed(threshold), factor
+
+
+def _padded(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def run(x: Tensor, to: Tensor, seed: int, threshold: int, factor: float, *, add: bool) -> Tensor:
+    """`to`, both contiguous and of one size and dtype."""
     if x.numel():
         triton_products.launch(
-            drop_kernel, (triton.cdiv(x.numel(), BLOCK),), x, x, to, x.numel(),
-            signed(seed), signed(seed >> 32), signed(threshold), factor, ADD=add, BLOCK=BLOCK, num_warps=4,
+            drop_kernel, (triton.cdiv(x.numel(), BLOCK),), x, x, to, x.numel(), *_random(seed, threshold, factor),
+            ADD=add, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    return to
+
+
+def product(x: Tensor, A: Tensor, z: Tensor, seed: int, threshold: int, factor: float) -> Tensor:
+    """`z [tokens, r] = drop(x) Aᵀ`, for x `[tokens, in]` contiguous and A `[r, in]`, whose rows and z's are too."""
+    (tokens, columns), rank = x.shape, len(A)
+    if tokens:
+        triton_products.launch(
+            product_kernel, (triton.cdiv(tokens, 32),), x,
+            x, A, z, tokens, columns, rank, A.stride(0), z.stride(0), *_random(seed, threshold, factor),
+            BLOCK_TOKENS=32, BLOCK_COLUMNS=128, RANK=_padded(rank), num_warps=4, num_stages=4,
+        )  # fmt: skip
+    return z
+
+
+def gradient(h: Tensor, x: Tensor, seed: int, threshold: int, factor: float) -> Tensor:
+    """`hᵀ drop(x) [r, in]`, float32, for h `[tokens, r]` with contiguous rows and x `[tokens, in]` contiguous."""
+    (tokens, columns), rank = x.shape, h.shape[1]
+    blocks = triton.cdiv(columns, 64)
+    # About four programs for each multiprocessor of a large GPU; the splits are added in one order.
+    splits = max(1, min(512 // blocks, tokens // 256))
+    span = triton.cdiv(triton.cdiv(tokens, splits), 64) * 64 or 64
+    splits = max(1, triton.cdiv(tokens, span))
+    partials = torch.empty(splits, rank, columns, dtype=torch.float32, device=x.device)
+    triton_products.launch(
+        gradient_kernel, (blocks, splits), x,
+        h, x, partials, tokens, columns, rank, h.stride(0), span, *_random(seed, threshold, factor),
+        BLOCK_TOKENS=64, BLOCK_COLUMNS=64, RANK=_padded(rank), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return partials[0] if splits == 1 else partials.sum(0)
+
+
+def add_product(to: Tensor, h: Tensor, A: Tensor, seed: int, threshold: int, factor: float) -> Tensor:
+    """`to [tokens, in] += drop(h A)`, for h `[tokens, r]` and A `[r, in]` with contiguous rows, `to` contiguous."""
+    (tokens, columns), rank = to.shape, len(A)
+    if tokens:
+        triton_products.launch(
+            add_product_kernel, (triton.cdiv(tokens, 64), triton.cdiv(columns, 128)), to,
+            to, h, A, tokens, columns, rank, h.stride(0), A.stride(0), *_random(seed, threshold, factor),
+            BLOCK_TOKENS=64, BLOCK_COLUMNS=128, RANK=_padded(rank), num_warps=8,
         )  # fmt: skip
     return to

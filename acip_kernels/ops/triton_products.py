@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -369,10 +370,34 @@ def _weight(U: Tensor | Matrix, x: Tensor) -> tuple[Matrix, list, dict]:
     return U, arguments, {"KIND": U.kernel_kind(_device(x.device)), "GROUP": U.group or 64}
 
 
+# What was compiled, by all that Triton specializes a kernel for.
+_compiled: dict[tuple, Any] = {}
+
+
 def launch(kernel, grid: tuple[int, ...], x: Tensor, *arguments, **options) -> None:
-    """`kernel[grid](…)` on the device of x; one place, where `bench.kernel_builds` hears what would be launched."""
+    """`kernel[grid](…)` on the device of x; one place, where `bench.kernel_builds` hears what would be launched.
+
+    Triton takes 40 to 60 µs of Python to find which of its compiled kernels a call is for, as much as all layers of a
+    decoder's block take on a GPU. So it is asked once for arguments of a kind: dtypes, whether addresses are multiples
+    of 16, and which numbers are one, or multiples of 16.
+    """
+    if not x.is_cuda:
+        kernel[grid](*arguments, **options)  # interpreted
+        return
+    kinds = [
+        (a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor)
+        else (a == 1, a % 16 == 0, -(1 << 31) <= a < 1 << 31, a < 1 << 63) if type(a) is int
+        else type(a)
+        for a in arguments
+    ]  # fmt: skip
+    key = (kernel, x.device, *kinds, *options.items())
+    found = _compiled.get(key)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        kernel[grid](*arguments, **options)
+        if found is None:
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            _compiled[key] = kernel[grid](*arguments, **options), constants
+        else:
+            found[0][grid + (1,) * (3 - len(grid))](*arguments, *found[1])
 
 
 def forward_product(

@@ -27,8 +27,10 @@ def products(x: Tensor, Vh: Tensor, adapter: Adapter | None) -> Tensor:
     A, Vh = adapter.inner(Vh)
     z = x.new_empty(x.shape[0], adapter.rank + Vh.shape[0])
     product(x, Vh.t(), out=z[:, adapter.rank :])
-    dropped = dropout.drop(x, adapter.dropout, adapter.seed) if adapter.dropout else x
-    product(dropped, A.t(), out=z[:, : adapter.rank])
+    if adapter.dropout:
+        dropout.dropped_product(x, A, adapter.dropout, adapter.seed, out=z[:, : adapter.rank])
+    else:
+        product(x, A.t(), out=z[:, : adapter.rank])
     return z
 
 

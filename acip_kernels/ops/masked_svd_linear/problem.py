@@ -60,8 +60,7 @@ def after_ranks(
     r = adapter.rank
     if adapter.joined:
         ha = hs[:, :r]
-    dropped = dropout.drop(x, adapter.dropout, adapter.seed) if adapter.dropout else x
-    dA = product(ha.t(), dropped)
+    dA = dropout.dropped_gradient(ha, x, adapter.dropout, adapter.seed) if adapter.dropout else product(ha.t(), x)
     dB = product(g.t(), z[:, :r]).mul_(adapter.scaling)
     if not need_x:
         return None, dA, dB
@@ -70,7 +69,7 @@ def after_ranks(
     A, Vh = adapter.inner(Vh)
     dx = product(hs[:, r:] if adapter.joined else hs, Vh)
     if adapter.dropout:
-        dropout.add_dropped(dx, product(ha, A), adapter.dropout, adapter.seed)
+        dropout.add_dropped_product(dx, ha, A, adapter.dropout, adapter.seed)
     else:
         add_product(dx, ha, A)
     return dx, dA, dB
