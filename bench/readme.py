@@ -17,6 +17,7 @@ from acip_kernels import files, report
 
 from . import (
     cuda_builds,
+    cuda_profile,
     decode_cpu,
     generate,
     kernel_builds,
@@ -89,10 +90,22 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         summary = files.read_json(path)
         device, setting = summary["device"], summary["setting"]
         parts.append(f"### {device['device']}, {device['cores']} cores, {device['dtype']}\n")
-        parts.append(
+        versions = (
             f"torch {device['torch']}, transformers {device['transformers']}, peft {device['peft']}, "
-            f"{device['date'][:10]}. {setting['model']}, {setting['batch']} × {setting['length']} tokens, "
-            f"r = {setting['adapter_rank']}, dropout {setting['dropout']}; medians of {setting['rounds']} rounds, "
+            f"{device['date'][:10]}."
+        )
+        adapters = f"r = {setting['adapter_rank']}, dropout {setting['dropout']}; medians"
+        if "rows" not in summary:
+            tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in summary["layers"]}))
+            parts.append(
+                f"{versions} Layers of {tokens} tokens, {adapters}, variants in turns. “graph”: replays of a CUDA"
+            )
+            parts.append("graph, which is what the GPU takes; the others are called from Python.\n")
+            parts.append(training_step.layers_table(summary["layers"]))
+            continue
+        parts.append(
+            f"{versions} {setting['model']}, {setting['batch']} × {setting['length']} tokens, "
+            f"{adapters} of {setting['rounds']} rounds, "
             f"variants in turns; matrix products at {summary['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s.\n"
         )
         parts.append(training_step.steps_table(summary["rows"]))
@@ -195,6 +208,14 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         for kind in kinds:
             some = [r for r in found["rows"] if (r["kind"], r["what"], r["tokens"] <= max(kernels_gpu.FEW)) == kind]
             parts.append(kernels_gpu.table(some))
+        profile = path.with_name(path.name.replace("kernels_gpu", "cuda_profile"))
+        if profile.exists():
+            found = files.read_json(profile)
+            parts.append("The CUDA C++ kernels by themselves (`python -m bench.cuda_profile`):\n")
+            parts.append(cuda_profile.times_table(found))
+            barriers = ", ".join(f"{seconds * 1e6:.1f} µs {launch}" for launch, seconds in found["barriers"].items())
+            parts.append(f"A second stage of next to no weights: {barriers}. Under `ncu`, what was read of memory:\n")
+            parts.append(cuda_profile.counters_table(found["counters"]))
     if not measured:
         parts.append("`python -m bench.kernels_gpu`, which `make gpu` runs, measures them against these targets:\n")
         parts.append(kernels_gpu.targets_table(kernels_gpu.targets([])))

@@ -46,6 +46,19 @@ def test_every_form_and_number_against_float64(form, kind, dtype):
             assert_within(bounds([layer], x, dtype), y, exact(x, [layer]), f"{in_} → {rank} → {out}, {tokens} tokens")
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("kind", [op.INT4, op.INT4_ZEROS], ids=["int4", "int4 with zeros"])
+def test_four_bits_of_one_token_in_tiles_of_many_blocks(kind, group):
+    """330 and 97 columns: the last tile, and its last block, are not full."""
+    for form, (rows, k, splits) in itertools.product(
+        (op.DENSE, op.FACTORS, op.PIVOTED), ((32, 128, 2), (16, 256, 1), (16, 512, 1))
+    ):
+        layer = Layer(form, 330, 190, 97, torch.bfloat16, kind, group=group, s=form == op.FACTORS)
+        x = inputs(torch.bfloat16, 1, 330)
+        y = fused(x, [layer], config=DecodeConfig(rows, k, splits, warps=2))
+        assert_within(bounds([layer], x, torch.bfloat16), y, exact(x, [layer]))
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 16])
 @pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
 def test_siblings_of_mixed_forms_and_unequal_ranks(dtype, tokens):
