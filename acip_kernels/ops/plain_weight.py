@@ -27,8 +27,12 @@ def plain_weight(
     return triton_products.dequantize(triton_products.matrix(Quantized(qweight, scales, zeros), cols, group), dtype)
 
 
+def _is_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def _in_one_pass(qweight: Tensor, scales: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> bool:
-    if triton_products is None or not qweight.is_cuda or dtype not in common.TRITON_DTYPES:
+    if triton_products is None or not _is_gpu(qweight) or dtype not in common.TRITON_DTYPES:
         return False
     # A subclass may have no memory to read, as a fake tensor has none.
     plain = all(tensor is None or type(tensor) is Tensor for tensor in (qweight, scales, zeros))
