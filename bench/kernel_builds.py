@@ -134,6 +134,8 @@ def deployed() -> Iterator[tuple[str, Callable[[Device], object]]]:
                 def call(device, x=x, tensors=tensors, spec=spec, mode=mode):
                     if len(x) <= triton.MOST_TOKENS:
                         return triton.forward(x, tensors, spec, mode, device=device)
+                    # The passes beside torch's products; of plain factors there are none.
+                    prefill.forward(x, tensors, spec, mode, "vendor")
                     return prefill.forward(x, tensors, spec, mode, "ours")
 
                 yield f"{model} {group} {form_name} {kind_name} {ratio:g} {tokens}", call

@@ -9,10 +9,13 @@ import pytest
 import torch
 from deployed import MLP_FORMS, TRITON_KINDS, Layer, arguments, check_gated_mlp, exact, inputs
 from operators import assert_within
+from torch._subclasses import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from acip_kernels.ops import lowrank_linear
+from acip_kernels.nn import QuantizedLinear
+from acip_kernels.ops import lowrank_linear, plain_weight, triton_products
+from acip_kernels.ops import quantize as q
 from acip_kernels.ops.fused_linear import op, prefill, triton
 from acip_kernels.ops.pivot_linear.op import pivot_linear
 from acip_kernels.plan import DEVICES, DecodeConfig, decode_config
@@ -150,16 +153,118 @@ def test_many_tokens_of_siblings_and_a_gated_mlp(forms):
         assert_within(bounds(layers, x, dtype), y, exact(x, layers), way)
 
 
-def test_many_tokens_need_no_clearing_and_reruns_are_identical():
+@pytest.mark.parametrize("way", ["ours", "vendor"])
+def test_many_tokens_need_no_clearing_and_reruns_are_identical(way):
     layer = Layer(op.PIVOTED, 100, 70, 30, torch.bfloat16, op.INT4_ZEROS)
     tensors, spec = arguments([layer])
     x, tensors = inputs(torch.bfloat16, 40, 100).to(DEVICE), [t.to(DEVICE) for t in tensors]
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (prefill.forward(x, tensors, spec, op.CONCATENATE, "ours") for _ in range(2))
+        first, second = (prefill.forward(x, tensors, spec, op.CONCATENATE, way) for _ in range(2))
         assert torch.isfinite(first).all() and torch.equal(first, second)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- passes beside torch's products
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", [name for name in TRITON_KINDS if name != "plain"])
+def test_a_whole_weight_becomes_plain_in_one_pass_to_the_bit(kind, dtype, monkeypatch):
+    """Of every code, of scales down to where results are subnormal; of shapes of less than a tile, and of several."""
+    for number, (rows, cols) in enumerate(((1, 1), (9, 64), (33, 65), (3, 31), (2, 1030), (5, 1536), (13, 96))):
+        generator, group = torch.Generator().manual_seed(number), (32, 64, 128)[number % 3]
+        codes, scales, *zeros = deployed.Matrix(generator, rows, cols, TRITON_KINDS[kind], dtype, group).tensors
+        # Powers of two that keep the largest finite in float16, and make some of every dtype's results subnormal; but
+        # for bfloat16's, of which the interpreter makes other numbers, as it does of scales that are.
+        least = -24 if dtype == torch.float16 else -130 if DEVICE.type == "cuda" else -100
+        exponents = torch.randint(least, 8, scales.shape, generator=generator)
+        signs = torch.randint(0, 2, scales.shape, generator=generator) * 2 - 1
+        scales = (scales * signs * 2.0**exponents).to(scales.dtype)
+        quantized = q.Quantized(codes, scales, *(zeros or [None]))
+        want = q.dequantize(*quantized, cols=cols, group=group, dtype=dtype)
+        on = q.Quantized(*(t if t is None else t.to(DEVICE) for t in quantized))
+        weight = triton_products.matrix(on, cols, group)
+        made = triton_products.dequantize(weight, dtype)
+        assert made.dtype == dtype and made.is_contiguous() and torch.equal(bits(made.cpu()), bits(want))
+        # Rows that are part of longer ones.
+        wide = torch.cat([weight.data.view(torch.uint8)] * 2, 1).view(codes.dtype)
+        weight.data = wide[:, : codes.shape[1]]
+        assert torch.equal(bits(triton_products.dequantize(weight, dtype).cpu()), bits(want))
+        if weight.kind == op.FP8:
+            monkeypatch.setattr(triton_products, "_device", lambda _: DEVICES["A100"])
+            assert torch.equal(bits(triton_products.dequantize(weight, dtype).cpu()), bits(want))
+            monkeypatch.undo()
+
+
+def bits(values):
+    """As integers: a zero's sign counts, and nothing is equal that is not the same."""
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+
+
+def test_weights_without_rows_or_columns():
+    for rows, cols, scheme in itertools.product((0, 3), (0, 5), (q.Scheme("int8"), q.Scheme("int4"))):
+        if not rows * cols:
+            tensors = {
+                name: torch.zeros(shape, dtype=dtype, device=DEVICE)
+                for name, (shape, dtype) in q.shapes(rows, cols, **scheme.options).items()
+            }
+            weight = q.Quantized(tensors["qweight"], tensors["scales"], tensors.get("zeros"))
+            made = triton_products.dequantize(triton_products.matrix(weight, cols, scheme.group), torch.bfloat16)
+            assert made.shape == (rows, cols)
+
+
+@pytest.mark.parametrize("scheme", [q.Scheme("int8"), q.Scheme("fp8"), q.Scheme("int4"), q.Scheme("int4", 32, True)])
+def test_a_quantized_layer_makes_its_weight_in_one_pass(scheme, monkeypatch):
+    """As on a GPU; not of a tensor without memory, nor where torch's compiler traces."""
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(70, 30), **scheme.options).to(DEVICE)
+    want, made = q.dequantize(*tensors_of(layer), cols=70, group=scheme.group), []
+
+    def dequantize(*arguments):
+        made.append(arguments)
+        return original(*arguments)
+
+    original = triton_products.dequantize
+    monkeypatch.setattr(triton_products, "dequantize", dequantize)
+    assert torch.equal(layer.dequantize(), want) and len(made) == (DEVICE.type == "cuda")
+    made.clear()
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(plain_weight, "_is_gpu", lambda tensor: True)
+    assert torch.equal(layer.dequantize(), want) and len(made) == 1
+    assert layer.dequantize(torch.float64).dtype == torch.float64 and len(made) == 1
+    compiled = torch.compile(lambda: layer.dequantize(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(), want) and len(made) == 1
+    with FakeTensorMode() as mode:
+        fake = [tensor if tensor is None else mode.from_tensor(tensor) for tensor in tensors_of(layer)]
+        weight = plain_weight.plain_weight(*fake, cols=70, group=scheme.group or 64, dtype=torch.float32)
+    assert weight.shape == (30, 70) and len(made) == 1
+
+
+def tensors_of(layer):
+    return layer.qweight, layer.scales, layer.zeros
+
+
+@pytest.mark.parametrize("dtype", op.DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_are_gathered_and_their_bias_is_added_to_the_bit(bias, dtype):
+    for tokens, columns in ((1, 1), (8, 512), (9, 700), (17, 1030)):
+        generator = torch.Generator().manual_seed(tokens)
+        z = torch.randn(tokens, columns, generator=generator).to(dtype)
+        b = torch.randn(columns, generator=generator).to(dtype) if bias else None
+        for place in (torch.randperm(columns, generator=generator), torch.arange(columns)):
+            inverse = triton_products.invert(place.to(DEVICE, torch.int32))
+            assert inverse.dtype == torch.int32 and torch.equal(inverse.long().cpu(), place.argsort())
+            assert torch.equal(triton_products.invert(place.to(DEVICE)), inverse)
+            want = torch.empty_like(z)
+            want[:, place] = z
+            want = want if b is None else want + b
+            # A part of longer rows, as of siblings side by side.
+            whole = torch.full((tokens, columns + 6), 7.0, dtype=dtype, device=DEVICE)
+            y = whole[:, 3 : columns + 3]
+            triton_products.gather(z.to(DEVICE), inverse, None if b is None else b.to(DEVICE), y)
+            assert torch.equal(y.cpu(), want)
+            assert (whole[:, :3] == 7).all() and (whole[:, columns + 3 :] == 7).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

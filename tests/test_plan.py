@@ -237,6 +237,24 @@ def test_ours_or_the_vendors_product_by_what_either_is_expected_to_take(device):
     assert int4.seconds["vendor"] > product_plan([Product(64, 4096, 4096, 2)], device, 0).seconds["vendor"]
 
 
+def test_the_choice_on_an_h100_is_that_of_the_measurements():
+    """Llama-3.1-8B's o, gate and down at half the size: factors, and a pivoted layer's parts; see `product_plan`."""
+    h100 = DEVICES["H100"]
+    for out, in_, rank, pivots in ((4096, 4096, 1024, 1152), (14336, 4096, 1536, 1792), (4096, 14336, 1536, 1792)):
+        for tokens in (64, 512, 4096):
+            second = Product(tokens, out, rank, 2)
+            assert product_plan([second], h100, 2 * tokens * rank * 2).way == "vendor"  # beside a pass over z
+            parts = [Product(tokens, pivots, in_, 2), Product(tokens, out - pivots, pivots, 2)]
+            assert product_plan(parts, h100, 2 * tokens * out * 2).way == "vendor"
+            for kind, group in ((1, 0), (3, 64), (4, 0)):
+                for columns, depth in ((rank, in_), (out, rank)):
+                    chosen = product_plan([Product(tokens, columns, depth, 2, kind, group)], h100, 0).way
+                    if tokens > 64:
+                        assert chosen == "vendor"
+                    elif kind != 3:
+                        assert chosen == "ours"  # codes are read once; of int4 making numbers of them takes too long
+
+
 def test_a_barrier_costs_what_the_next_weights_do_not_cover():
     device = DEVICES["H100"]
     large, small = (4096, 1024, 0, 0), (1024, 400, 0, 0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import quantize as q
+from ..ops.plain_weight import plain_weight
 from . import fused  # which knows this class in turn
 
 
@@ -117,7 +118,7 @@ class QuantizedLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[out_features, in_features]` that this layer stands for, in `dtype` or the layer's own."""
         dtype = self.weight.dtype if dtype is None else dtype
-        return q.dequantize(self.qweight, self.scales, self.zeros, cols=self.in_features, group=self.group, dtype=dtype)
+        return plain_weight(self.qweight, self.scales, self.zeros, cols=self.in_features, group=self.group, dtype=dtype)
 
     # ---- see `nn.fused.Fused`
 

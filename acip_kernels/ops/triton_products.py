@@ -10,8 +10,8 @@ product, which in plain PyTorch is a pass over `[tokens, rank]` or over the weig
 - quantized weights, in either: codes are read, and become numbers of the inputs' dtype in registers, rounded once as
   `ops.quantize.dequantize` does.
 
-The same passes by themselves (`scale`, `scale_and_reduce`) stand beside the vendor's products where `plan.product_plan`
-expects those to be faster. Products without company are torch's.
+The same passes by themselves (`scale`, `scale_and_reduce`; `dequantize`, `gather`) stand beside the vendor's products
+where `plan.product_plan` expects those to be faster. Products without company are torch's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..plan import Device, Product, ProductConfig, device_of, product_config, product_plan
+from .quantize import Quantized
 
 # ---- kernels
 
@@ -76,7 +77,8 @@ def _add_product(a, b, sums):
     return tl.dot(a, b, sums, input_precision="ieee")
 
 
-FP8, FP8_BY_BITS = 4, 5  # of a weight's kinds, as the kernels have them; the others are those of `ops.fused_linear`
+# A weight's kinds as the kernels have them: those of `ops.fused_linear`, and e4m3 by bits.
+INT8, INT4, INT4_ZEROS, FP8, FP8_BY_BITS = 1, 2, 3, 4, 5
 
 
 @triton.jit
@@ -280,6 +282,94 @@ def scale_and_reduce_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _rounded(values, TYPE: tl.constexpr):
+    """float32 `values` in TYPE, to nearest even; the interpreter cuts bfloat16 off, so there it is done by the bits."""
+    if _INTERPRETED and TYPE.is_bf16():
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return values.to(TYPE)
+
+
+# A whole weight as numbers, for the vendor's products: codes are read once and not kept in a cache; what is written is
+# read by the next launch, and small enough to be in the L2 cache still (of Llama-3.1-8B's o at half the size 16 MiB).
+# A thread reads 16 bytes and writes 16 at a time; nothing is computed for each number but the number, as a row of the
+# tile has one scale, and a block of 64 int4 columns one or two.
+@triton.jit
+def dequantize_kernel(
+    weight, scales, zeros, to, rows, cols, stride, groups,
+    KIND: tl.constexpr, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`to [rows, cols]`, contiguous, of a weight of KIND whose rows are `stride` apart, rounded once.
+
+    As `ops.quantize.dequantize` to the bit. scales and zeros, contiguous, are `[rows]`, or of int4 `[rows, groups]`.
+    """
+    TYPE: tl.constexpr = to.dtype.element_ty
+    blocks = tl.cdiv(cols, BLOCK_COLUMNS)
+    number = tl.program_id(0)
+    row = number // blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    begin = number % blocks * BLOCK_COLUMNS
+    live = row < rows
+    wide = row.to(tl.int64)
+    if KIND == 2 or KIND == 3:  # byte j of a block: column j in the low half and j + 32 in the high half
+        block = begin // 64 + tl.arange(0, BLOCK_COLUMNS // 64)
+        byte = tl.arange(0, 32)
+        at = weight + (wide * stride)[:, None, None] + block[None, :, None] * 32 + byte[None, None, :]
+        inside = live[:, None] & (64 * block < cols)[None, :]
+        codes = tl.load(at, mask=inside[:, :, None], other=0, eviction_policy="evict_first")
+        column = block[:, None] * 64 + byte[None, :]
+        for half in tl.static_range(2):
+            index = (wide * groups)[:, None] + tl.minimum((64 * block + 32 * half) // GROUP, groups - 1)[None, :]
+            values = ((codes >> 4) if half else (codes & 15)).to(tl.int32)
+            if KIND == 3:
+                values -= tl.load(zeros + index, mask=inside, other=0).to(tl.int32)[:, :, None]
+            else:
+                values -= 8
+            scale = tl.load(scales + index, mask=inside, other=0.0).to(tl.float32)
+            numbers = _rounded(values.to(tl.float32) * scale[:, :, None], TYPE)
+            there = to + (wide * cols)[:, None, None] + (column + 32 * half)[None, :, :]
+            tl.store(there, numbers, mask=live[:, None, None] & (column + 32 * half < cols)[None, :, :])
+    else:
+        column = begin + tl.arange(0, BLOCK_COLUMNS)
+        inside = live[:, None] & (column < cols)[None, :]
+        at = weight + (wide * stride)[:, None] + column[None, :]
+        codes = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
+        values = codes.to(tl.float32) if KIND == 1 else fp8_numbers(codes, KIND == 4)
+        values *= tl.load(scales + row, mask=live, other=0.0)[:, None]
+        tl.store(to + (wide * cols)[:, None] + column[None, :], _rounded(values, TYPE), mask=inside)
+
+
+@triton.jit
+def invert_kernel(place, inverse, size, BLOCK: tl.constexpr):
+    """`inverse[place[j]] = j` for the `size` numbers of a permutation."""
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(inverse + tl.load(place + j, mask=j < size, other=0), j.to(inverse.dtype.element_ty), mask=j < size)
+
+
+# Not a store of each output at its place: threads that write numbers next to each other write whole lines, and those
+# that read have the row, some KB, in the L1 cache after its first lines were read. A pivoted layer's outputs are two
+# rising sequences, so that neighbours in `y` are of two or three lines of `z`.
+@triton.jit
+def gather_kernel(
+    z, inverse, bias, y, tokens, columns, z_row, y_row, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """`y[t, c] = z[t, inverse[c]] + bias[c]`, both `[tokens, columns]` with rows that far apart; bias may be None."""
+    TYPE: tl.constexpr = y.dtype.element_ty
+    # Blocks of one row's columns are next to each other in time: what they read is the same row.
+    blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    token = (tl.program_id(0) // blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    from_ = tl.load(inverse + column, mask=column < columns, other=0)
+    inside = (token < tokens)[:, None] & (column < columns)[None, :]
+    values = tl.load(z + (token * z_row)[:, None] + from_[None, :], mask=inside, other=0.0)
+    if bias is not None:
+        sums = values.to(tl.float32)
+        sums += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        values = _rounded(sums, TYPE)
+    tl.store(y + (token * y_row)[:, None] + column[None, :], values, mask=inside)
+
+
 # Not `partials.sum(0)`: with the product, the quotient and the choice after it that is five launches of some
 # microseconds for a few kilobytes; and torch's order of adding may change with its version.
 @triton.jit
@@ -342,6 +432,13 @@ class Matrix:
     def kernel_data(self) -> Tensor:
         """Codes as the kernels take them: of e4m3 the bytes, as not every device has the type."""
         return self.data.view(torch.uint8) if self.kind == FP8 else self.data
+
+
+def matrix(weight: Quantized, cols: int, group: int) -> Matrix:
+    """`weight [rows, cols]` as the kernels take it."""
+    kinds = {torch.int8: INT8, torch.float8_e4m3fn: FP8, torch.uint8: INT4 if weight.zeros is None else INT4_ZEROS}
+    kind = kinds[weight.qweight.dtype]
+    return Matrix(kind, cols, group if kind in (INT4, INT4_ZEROS) else 0, *(t for t in weight))
 
 
 _device = functools.cache(device_of)
@@ -491,6 +588,57 @@ def scale(z: Tensor, S: Tensor, mask: Tensor, adapter_rank: int = 0, scaling: fl
             ADAPTER_RANK=adapter_rank, **PASS_BLOCKS, num_warps=4,
         )  # fmt: skip
     return zs
+
+
+# Of a whole weight: a warp reads 512 bytes of a row at once. Int4's blocks have twice the columns for that.
+DEQUANTIZE_BLOCKS = {"BLOCK_ROWS": 8, "BLOCK_COLUMNS": 512}
+DEQUANTIZE_INT4_BLOCKS = {"BLOCK_ROWS": 4, "BLOCK_COLUMNS": 1024}
+GATHER_BLOCKS = {"BLOCK_TOKENS": 8, "BLOCK_COLUMNS": 512}
+INVERT_BLOCK = 256
+
+
+def dequantize(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """The plain weight `[rows, cols]`: in one pass what `ops.quantize.dequantize` makes, to the bit."""
+    assert weight.scales is not None
+    data, cols = weight.kernel_data, weight.cols
+    data = data if data.stride(1) == 1 or data.shape[1] <= 1 else data.contiguous()
+    scales = weight.scales.contiguous()
+    to = torch.empty(weight.rows, cols, dtype=dtype, device=data.device)
+    if to.numel():
+        blocks = DEQUANTIZE_INT4_BLOCKS if weight.group else DEQUANTIZE_BLOCKS
+        rows_, columns_ = blocks.values()
+        launch(
+            dequantize_kernel, (triton.cdiv(weight.rows, rows_) * triton.cdiv(cols, columns_),), data,
+            data, scales, scales if weight.zeros is None else weight.zeros.contiguous(), to,
+            weight.rows, cols, data.stride(0), weight.groups,
+            KIND=weight.kernel_kind(_device(data.device)), GROUP=weight.group or 64, **blocks, num_warps=4,
+        )  # fmt: skip
+    return to
+
+
+def invert(permutation: Tensor) -> Tensor:
+    """int32 `[size]`: where each number of the permutation, of any integer type, is in it."""
+    permutation = permutation.contiguous()
+    inverse = torch.empty_like(permutation, dtype=torch.int32)
+    if size := len(permutation):
+        launch(
+            invert_kernel, (triton.cdiv(size, INVERT_BLOCK),), permutation, permutation, inverse, size,
+            BLOCK=INVERT_BLOCK, num_warps=4,
+        )  # fmt: skip
+    return inverse
+
+
+def gather(z: Tensor, inverse: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """`y[t, c] = z[t, inverse[c]]`, and `bias[c]` added to that and rounded, of `[tokens, columns]` each."""
+    tokens, columns = y.shape
+    if y.numel():
+        tokens_, columns_ = GATHER_BLOCKS.values()
+        launch(
+            gather_kernel, (triton.cdiv(tokens, tokens_) * triton.cdiv(columns, columns_),), y,
+            z, inverse, None if bias is None else bias.contiguous(), y, tokens, columns, z.stride(0), y.stride(0),
+            **GATHER_BLOCKS, num_warps=4,
+        )  # fmt: skip
+    return y
 
 
 def scale_and_reduce(

@@ -1,19 +1,18 @@
 """Deployed layers of more tokens than `triton.py` takes on a GPU: matrix products, one after the other.
 
-Plain weights are torch's. What has company goes through `ops.triton_products` where `plan.product_plan` expects that to
-be faster: quantized weights, which become numbers in registers and not a plain weight in memory; and pivoted layers,
-whose outputs are stored at their places, where torch stores them first and then moves them there.
+Products are torch's. What has company is a pass of its own beside them (`ops.triton_products`): a quantized weight is
+made a plain one; of a pivoted layer both products are stored side by side, then moved to their places. Where
+`plan.product_plan` expects it to be faster, for few tokens, a product of ours does it by itself: codes become numbers
+in registers, outputs are stored at their places.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...plan import Product
-from ..quantize import dequantize
-from ..triton_products import Matrix, forward_product, pays
+from ..triton_products import Matrix, dequantize, forward_product, gather, invert, pays
 from . import triton
 from .op import CONCATENATE, DENSE, GATED_MLP, PIVOTED, PLAIN
 
@@ -64,22 +63,25 @@ def product(x: Tensor, weight: Matrix, bias: Tensor | None, y: Tensor, way: str 
 def pivoted(x: Tensor, layer: triton.Layer, y: Tensor, way: str | None = None) -> Tensor:
     """Both products of a pivoted layer into `y [tokens, out]`; each output is stored at its place."""
     assert layer.second is not None and layer.place is not None
-    # Torch's products are read again and written to their places.
+    # Torch's products are read again and written to their places: one pass, beside which the places' order is nothing.
     if _is_ours(x, [layer.first, layer.second], 2 * y.numel() * y.element_size(), way):
         z = x.new_empty(len(x), layer.rank)
         forward_product(x, layer.first, bias=layer.bias, place=layer.place[: layer.rank], y=y, kept=z)
         forward_product(z, layer.second, bias=layer.bias, place=layer.place[layer.rank :], y=y)
         return y
-    z, place = F.linear(x, _numbers(layer.first, x.dtype)), layer.place.long()
-    y.index_copy_(1, place[: layer.rank], z)
-    y.index_copy_(1, place[layer.rank :], F.linear(z, _numbers(layer.second, x.dtype)))
-    return y if layer.bias is None else y.add_(layer.bias)
+    # Side by side in the order that they are made in, then each row in that of the outputs.
+    both = x.new_empty(y.shape)
+    z, others = both[:, : layer.rank], both[:, layer.rank :]
+    torch.mm(x, _numbers(layer.first, x.dtype).t(), out=z)
+    torch.mm(z, _numbers(layer.second, x.dtype).t(), out=others)
+    return gather(both, invert(layer.place), layer.bias, y)
 
 
 def _numbers(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """A plain weight, of a quantized one made in one pass over its codes."""
     if weight.kind == PLAIN:
         return weight.data
-    return dequantize(weight.data, weight.scales, weight.zeros, cols=weight.cols, group=weight.group, dtype=dtype)
+    return dequantize(weight, dtype)
 
 
 def _is_ours(x: Tensor, weights: list[Matrix], beside: int, way: str | None) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...plan import CudaConfig, DecodeConfig, Device, Launch, Problem, Times, decode_candidates
 from ..pivot_linear.reference import place
-from ..quantize import dequantize
+from ..plain_weight import plain_weight
 from ..timing import MOST_COPIES, Calls, Timer
 from . import cuda, triton
 from .measured import problem_of
@@ -183,7 +183,7 @@ def _products(x: Tensor, layers: list[triton.Layer], mode: int) -> Callable[[], 
     def product(x: Tensor, m: triton.Matrix, bias: Tensor | None) -> Tensor:
         weight = m.data
         if m.kind != PLAIN:
-            weight = dequantize(m.data, m.scales, m.zeros, cols=m.cols, group=m.group, dtype=x.dtype)
+            weight = plain_weight(m.data, m.scales, m.zeros, cols=m.cols, group=m.group, dtype=x.dtype)
         return F.linear(x, weight, bias)
 
     def output(x: Tensor, number: int) -> Tensor:

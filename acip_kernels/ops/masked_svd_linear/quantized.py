@@ -15,14 +15,14 @@ from torch.utils.flop_counter import register_flop_formula
 from ...plan import Product
 from .. import common
 from ..lowrank_linear.reference import scale_ranks
-from ..quantize import Quantized, dequantize
+from ..plain_weight import plain_weight
+from ..quantize import Quantized
 from ..quantized_linear import op as linear
 from . import reference
 
 OPERATOR = "masked_svd_linear"
 try:
     from .. import triton_products as kernels
-    from ..quantized_linear.triton import matrix
     from . import triton
 except ImportError:  # a machine without Triton
     kernels = None  # type: ignore[assignment]  # a module, as far as annotations can say
@@ -75,9 +75,9 @@ def _operator(
 ) -> Tensor:
     weight, rows = Quantized(qweight, scales, zeros), z.reshape(-1, z.shape[-1])
     if backend == "triton" and _is_ours(rows, len(qweight), rows.shape[1], weight, group):
-        y = kernels.forward_product(rows, matrix(weight, rows.shape[1], group), S, mask, bias)
+        y = kernels.forward_product(rows, kernels.matrix(weight, rows.shape[1], group), S, mask, bias)
     else:
-        y = BACKENDS[backend].forward(rows, _plain(weight, rows, group), S, mask, bias, None)
+        y = BACKENDS[backend].forward(rows, _plain(weight, rows, group, backend), S, mask, bias, None)
     return y.reshape(*z.shape[:-1], len(qweight))
 
 
@@ -102,9 +102,11 @@ def _backward_operator(
     weight, flat = Quantized(qweight, scales, zeros), z.reshape(-1, z.shape[-1])
     rows = g.reshape(-1, g.shape[-1])
     if backend == "triton" and _is_ours(rows, flat.shape[1], len(qweight), weight, group):
-        dz, dmask = kernels.backward_product(rows, matrix(weight, flat.shape[1], group), flat, S, mask, mask_scale)
+        dz, dmask = kernels.backward_product(
+            rows, kernels.matrix(weight, flat.shape[1], group), flat, S, mask, mask_scale
+        )
     else:
-        h = common.product(rows, _plain(weight, flat, group))
+        h = common.product(rows, _plain(weight, flat, group, backend))
         if backend == "triton":
             dz, dmask = kernels.scale_and_reduce(h, flat, S, mask, mask_scale)
         else:
@@ -121,13 +123,15 @@ def _(g, z, qweight, scales, zeros, S, mask, mask_scale, group, backend):
 
 
 def _is_ours(x: Tensor, columns: int, depth: int, weight: Quantized, group: int) -> bool:
-    m = matrix(weight, x.shape[1], group)
+    m = kernels.matrix(weight, x.shape[1], group)
     beside = 2 * len(x) * min(columns, depth) * x.element_size()  # the scaling, as for plain factors
     return kernels.pays([Product(len(x), columns, depth, x.element_size(), m.kind, m.group)], x, beside)
 
 
-def _plain(weight: Quantized, z: Tensor, group: int) -> Tensor:
-    return dequantize(*weight, cols=z.shape[1], group=group, dtype=z.dtype)
+def _plain(weight: Quantized, z: Tensor, group: int, backend: str) -> Tensor:
+    if backend == "triton":
+        return kernels.dequantize(kernels.matrix(weight, z.shape[1], group), z.dtype)
+    return plain_weight(*weight, cols=z.shape[1], group=group, dtype=z.dtype)
 
 
 def _setup_context(ctx, inputs, output):

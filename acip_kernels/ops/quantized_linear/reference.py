@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quantize import Quantized, dequantize
+from ..plain_weight import plain_weight
+from ..quantize import Quantized
 
 
 def forward(x: Tensor, weight: Quantized, bias: Tensor | None, group: int) -> Tensor:
     """`x Wᵀ + bias` for `x [tokens, cols]`, `W` rounded to x's dtype."""
-    return F.linear(x, dequantize(*weight, cols=x.shape[1], group=group, dtype=x.dtype), bias)
+    return F.linear(x, plain_weight(*weight, cols=x.shape[1], group=group, dtype=x.dtype), bias)
 
 
 def backward(g: Tensor, weight: Quantized, cols: int, group: int) -> Tensor:
     """`∂L/∂x = g W`, `[tokens, cols]`, for `g = ∂L/∂y [tokens, rows]`."""
-    return g @ dequantize(*weight, cols=cols, group=group, dtype=g.dtype)
+    return g @ plain_weight(*weight, cols=cols, group=group, dtype=g.dtype)

@@ -1,23 +1,17 @@
-"""The product of a frozen quantized weight on a GPU, both ways: codes become numbers in registers."""
+"""The product of a frozen quantized weight on a GPU, both ways.
+
+Codes become numbers in registers where `plan.product_plan` expects that to be faster, else a plain weight in one pass.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...plan import Product
 from ..fused_linear import prefill
-from ..fused_linear.op import CONCATENATE, DENSE, FP8, INT4, INT4_ZEROS, INT8
+from ..fused_linear.op import CONCATENATE, DENSE
 from ..quantize import Quantized
-from ..triton_products import Matrix, backward_product, pays
-from . import reference
-
-
-def matrix(weight: Quantized, cols: int, group: int) -> Matrix:
-    """`weight [rows, cols]` as the kernels take it."""
-    kinds = {torch.int8: INT8, torch.float8_e4m3fn: FP8, torch.uint8: INT4 if weight.zeros is None else INT4_ZEROS}
-    kind = kinds[weight.qweight.dtype]
-    return Matrix(kind, cols, group if kind in (INT4, INT4_ZEROS) else 0, *(t for t in weight))
+from ..triton_products import backward_product, dequantize, matrix, pays
 
 
 def forward(x: Tensor, weight: Quantized, bias: Tensor | None, group: int) -> Tensor:
@@ -34,4 +28,4 @@ def backward(g: Tensor, weight: Quantized, cols: int, group: int) -> Tensor:
         h, _ = backward_product(g, m)
         assert h is not None
         return h
-    return reference.backward(g, weight, cols, group)
+    return g @ dequantize(m, g.dtype)
