@@ -389,8 +389,9 @@ def decode_seconds(
 ) -> float:
     """The model of one launch: its weights at memory's rate, and what was measured to come on top of that.
 
-    Fitted to 623 configs of Triton's launches for Llama-3.1-8B's layers on an H100, one token, in bfloat16, int8 and
-    int4 (`bench.kernels_gpu`): what it takes to be fastest is within 7 % of the fastest one measured. Terms:
+    Fitted to 608 configs of Triton's launches for Llama-3.1-8B's layers on an H100, one token, in bfloat16, int8 and
+    int4 (`bench.decode_configs`): of 18 launches, what it takes to be fastest is within 8 % of the fastest one measured
+    in 16, and within 23 % in all. Terms:
 
     - a round of programs, as many as fit at once, waits for memory with each tile of its columns;
     - arithmetic, slower where fewer than 24 warps on a multiprocessor hide each other's latencies;

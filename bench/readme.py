@@ -18,6 +18,7 @@ from acip_kernels import files, report
 from . import (
     cuda_builds,
     cuda_profile,
+    decode_configs,
     decode_cpu,
     generate,
     kernel_builds,
@@ -208,6 +209,13 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
         for kind in kinds:
             some = [r for r in found["rows"] if (r["kind"], r["what"], r["tokens"] <= max(kernels_gpu.FEW)) == kind]
             parts.append(kernels_gpu.table(some))
+        timed = path.with_name(path.name.replace("kernels_gpu", "decode_configs"))
+        if timed.exists():
+            found = files.read_json(timed)
+            parts.append(
+                "Configs of single launches, and what `plan` makes of them (`python -m bench.decode_configs`):\n"
+            )
+            parts.append(decode_configs.table(found["rows"], decode_configs.known(found["device"]["device"])))
         profile = path.with_name(path.name.replace("kernels_gpu", "cuda_profile"))
         if profile.exists():
             found = files.read_json(profile)

@@ -7,7 +7,7 @@ import torch
 import toys
 from torch.utils.flop_counter import FlopCounterMode
 
-from acip_kernels import CompressionConfig, SVDLinear, factorize
+from acip_kernels import CompressionConfig, SVDLinear, factorize, files
 from acip_kernels.compress.step import TrainingStep
 from acip_kernels.plan import (
     DEVICES,
@@ -30,6 +30,7 @@ from acip_kernels.plan import (
     training_plan,
     why_not,
 )
+from bench import decode_configs as timed_configs
 
 
 def in_place_product(to, a, b, *, out_shape=None, **_):
@@ -157,6 +158,21 @@ def test_the_chosen_config_is_legal_and_the_fastest_of_the_model(device, kind, t
         assert chosen in legal and why_not(chosen, device, tokens, weights, split) is None
         times = [decode_seconds(config, device, tokens, weights, split=split) for config in legal]
         assert decode_seconds(chosen, device, tokens, weights, split=split) == min(times)
+
+
+def test_the_model_picks_what_an_h100_was_fast_with():
+    """Of the configs that `bench.decode_configs` has timed, launch by launch: as `decode_seconds` says of itself."""
+    rows = files.read_json(timed_configs.result_path("NVIDIA H100 80GB HBM3"))["rows"]
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["case"], str(row["launch"])), []).append(row)
+    over = []
+    for some in groups.values():
+        launch = timed_configs.launch_of(some[0])
+        picked = min(some, key=lambda row: timed_configs.predicted(row, launch, DEVICES["H100"]))
+        over.append(picked["seconds"] / min(row["seconds"] for row in some))
+    assert len(rows) == 608 and len(over) == 18
+    assert sum(one <= 1.085 for one in over) >= 16 and max(over) < 1.235
 
 
 def test_the_model_is_no_faster_than_memory_and_launches():

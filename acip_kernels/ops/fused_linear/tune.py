@@ -119,7 +119,7 @@ def tune(
         raise ValueError(f"tune: candidates must be at least 1, got {candidates}")
     found = dict(known or {})
     for case in cases:
-        case = dataclasses.replace(case, copies=_copied(case.copies, bytes_read))
+        case = dataclasses.replace(case, copies=copied(case.copies, bytes_read))
         predicted = {launch: decode_candidates(device, launch)[0] for launch in launches(case, device)}
         chosen = {launch: found.get(launch, config) for launch, config in predicted.items()}
         for launch in chosen:
@@ -170,7 +170,7 @@ def launches(case: Case, device: Device) -> list[Launch]:
     return list(seen)
 
 
-def _copied(copies: list[list[Tensor]], bytes_read: int) -> list[list[Tensor]]:
+def copied(copies: list[list[Tensor]], bytes_read: int) -> list[list[Tensor]]:
     size = sum(tensor.numel() * tensor.element_size() for tensor in copies[0])
     wanted = min(MOST_COPIES, math.ceil(bytes_read / max(size, 1)))
     more = range(max(0, wanted - len(copies)))

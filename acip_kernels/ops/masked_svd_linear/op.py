@@ -155,7 +155,7 @@ def _operator(
     chosen = common.choose_backend(OPERATOR, backend, BACKENDS, x, gpu=True)
     adapter = _adapter(A, B, seed, scaling, joined, dropout)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    live = mask if rows is None else mask[rows]
+    live = mask if rows is None else mask.index_select(0, rows)
     z = chosen.products(tokens, Vh, adapter)
     y = chosen.forward(z, U, S, live, bias, adapter).view(*x.shape[:-1], U.shape[0])
     return y, (z if save_z else z.new_empty(0, z.shape[1]))
@@ -193,7 +193,7 @@ def _backward_operator(
     adapter = _adapter(A, B, seed, scaling, joined, dropout)
     gradients = g.reshape(-1, g.shape[-1])
     tokens = None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
-    live = mask if rows is None else mask[rows]
+    live = mask if rows is None else mask.index_select(0, rows)
     if not save_z:
         z = chosen.products(tokens, Vh, adapter)
     dx, dmask, dA, dB = chosen.backward(gradients, tokens, z, Vh, U, S, live, mask_scale, adapter, need_x)
