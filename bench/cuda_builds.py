@@ -173,7 +173,8 @@ def schedules(compiler: str = "c++") -> list[dict]:
         resident = min(THREADS // BLOCK, SHARED[device.name] // (row["shared"] + RESERVED))
         row["warps"] = resident * BLOCK // 32
         # Bytes of weights that a multiprocessor has on their way at most: slots of 16 rows of 256 (int4: 128) bytes.
-        row["ahead"] = 8 * row["slots"] * 16 * (128 if one["weights"] == "int4" else 256)
+        blocks = -(-row["blocks"] // device.multiprocessors)
+        row["ahead"] = blocks * 8 * row["slots"] * 16 * (128 if one["weights"] == "int4" else 256)
         seconds = one_launch_seconds(device, weights_of(one), ahead=row["ahead"])
         row["floor"], row["model"] = (round(1e6 * value, 2) for value in seconds)
         rows.append(row)

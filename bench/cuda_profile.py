@@ -45,14 +45,16 @@ def parse(output: str) -> dict:
         elif what == "barrier":
             found["barriers"][values[0]] = float(values[1])
         elif what == "time":
-            group, weights, tokens, launch, copies, size, seconds = values
+            *group, weights, tokens, launch, copies, size, seconds = values
             found["rows"].append(
-                {"group": group, "weights": weights, "tokens": int(tokens), "launch": launch, "copies": copies,
-                 "bytes": int(size), "seconds": float(seconds)}
+                {"group": " ".join(group), "weights": weights, "tokens": int(tokens), "launch": launch,
+                 "copies": copies, "bytes": int(size), "seconds": float(seconds)}
             )  # fmt: skip
         elif what == "once":
-            group, weights, tokens, size = values
-            found["rows"].append({"group": group, "weights": weights, "tokens": int(tokens), "bytes": int(size)})
+            *group, weights, tokens, size = values
+            found["rows"].append(
+                {"group": " ".join(group), "weights": weights, "tokens": int(tokens), "bytes": int(size)}
+            )
     return found
 
 

@@ -43,7 +43,7 @@ def test_the_stored_table(stored):
         # Little's law: as many bytes on their way as memory delivers in its latency, of about 0.7 µs.
         assert row["ahead"] * device.multiprocessors >= 0.7e-6 * device.bandwidth, row
         assert row["floor"] <= row["model"], row
-        assert row["blocks"] == device.multiprocessors, row
+        assert device.multiprocessors <= row["blocks"] <= 2 * device.multiprocessors, row
         # Every task is one block's, and no block has much more to read than the others.
         assert 1 <= row["uneven"] <= 1.5, row
 

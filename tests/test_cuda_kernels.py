@@ -46,7 +46,7 @@ BUGS = {
         RACE,
     ),
     "a slot is filled with no proxy fence": (
-        "fence_async();\n                        __syncwarp()",
+        "if (job.bulk) fence_async();\n                        __syncwarp()",
         "__syncwarp()",
         "proxy fence",
     ),
@@ -55,11 +55,17 @@ BUGS = {
         "__syncwarp();",
         "proxy fence",
     ),
-    "weights are not waited for": ("if (round == 0) barrier_wait(full, parity);", "", "was not waited for"),
+    "weights are not waited for": ("barrier_wait(full, parity);", "", "was not waited for"),
     "blocks do not wait for each other": ("if (stage > job.begin) sync_grid();", "", RACE),
     "one buffer of sums": ("turn ^= 1;", "", RACE),
+    "inputs are made while others are read": (
+        "if (one) __syncthreads();  // all warps have read the inputs before",
+        "",
+        RACE,
+    ),
+    "inputs are read before all are made": ("__syncthreads();  // all inputs are made", "", RACE),
     "a wrong fragment": ("{low[0], high[0], low[1], high[1]}", "{low[0], low[1], high[0], high[1]}", ", not "),
-    "rows behind the last": ("min(kRows, p.rows - walk.row)", "kRows", "in no array"),
+    "rows behind the last": ("min(kRows, walk.rows - walk.run.row)", "kRows", "in no array"),
 }
 
 

@@ -13,6 +13,8 @@ barrier: cooperative 2.1e-06
 barrier: dependent 9e-07
 time: o bfloat16 1 cooperative bulk 3000000 2e-06
 time: o bfloat16 1 cooperative threads 3000000 1.5e-06
+time: o, pivoted int8 1 cooperative bulk 3000000 7e-06
+time: o, pivoted int8 1 cooperative threads 3000000 7e-06
 time: MLP int4 16 cooperative bulk 6000000 4e-06
 time: MLP int4 16 cooperative threads 6000000 2e-06
 """
@@ -31,8 +33,9 @@ REPORT = """==PROF== Connected to process 7 (/tmp/profile)
 def test_times_and_barriers_are_read_and_set_against_the_floor():
     found = cuda_profile.parse(OUTPUT)
     assert found["bytes_per_s"] == 3e12 and found["barriers"] == {"cooperative": 2.1e-6, "dependent": 9e-7}
-    assert len(found["rows"]) == 4
+    assert len(found["rows"]) == 6 and found["rows"][2]["group"] == "o, pivoted"
     table = cuda_profile.times_table(found)
+    assert "7.0 (7.00)" in table
     assert "2.0 (2.00)" in table and "1.5 (1.50)" in table and "4.0 (2.00)" in table and "2.0 (1.00)" in table
 
 

@@ -2,23 +2,28 @@
 //
 // A problem is a list of stages (first factors; second factors; for a whole MLP two more), a stage a list of products,
 // each cut into tasks of 16 rows and, of first factors, a part of the columns. Every block has its share of each
-// stage's tasks, and each of its 8 warps every eighth chunk of a task's columns: 16 rows of up to 256 bytes. So what a
-// warp reads, from the first stage to the last, is known when the launch begins, and it is read as one stream: a ring
-// of slots in shared memory, private to the warp, that copies fill (`cp.async.bulk` on sm_90, `cp.async` before) as far
-// ahead as there are slots. Weights depend on nothing, so the stream does not stop for a barrier: while the blocks wait
-// for each other between two stages, the next stage's weights keep coming, on an H100 up to 160 KiB of them for each
-// multiprocessor.
+// stage's tasks, and its 8 warps take their chunks in turn: 16 rows of up to 256 bytes. So what a warp reads, from the
+// first stage to the last, is known when the launch begins, and it is read as one stream: a ring of slots in shared
+// memory, private to the warp, that copies fill (`cp.async.bulk` on sm_90, `cp.async` before) as far ahead as there are
+// slots. Weights depend on nothing, so the stream does not stop for a barrier: while the blocks wait for each other
+// between two stages, the next stage's weights keep coming, on an H100 up to 128 KiB of them for each multiprocessor.
 //
-// Sums are float32. A chunk's products go through tensor cores, weights as the rows of m16n8k16, tokens as its columns;
-// one token's products of two-byte weights are multiplied and added, as exact as float32 is. Which column a lane has as
-// which k of a fragment is free as long as both operands agree: so a lane reads 16 (4-bit weights: 8) consecutive bytes
-// of a row, and no shuffle is needed. Integers become numbers by their bits: set into the mantissa of 128 (bfloat16) or
-// 1024 (float16), from which that and the zero are subtracted again, two at a time. Scales multiply sums.
+// Sums are float32. A chunk's products go through tensor cores, weights as the rows of m16n8k16, tokens as its columns.
+// Which column a lane has as which k of a fragment is free as long as both operands agree: so a lane reads 16 (4-bit
+// weights: 8) consecutive bytes of a row, and no shuffle is needed. Integers become numbers by their bits: set into the
+// mantissa of 128 (bfloat16) or 1024 (float16), from which that and the zero are subtracted again, two at a time.
+// Scales multiply sums.
+//
+// What is done besides is what such a kernel's time goes to when it is not memory's: a warp that waits for one thing
+// after another, with too few others to do something meanwhile. So two blocks share a multiprocessor where they fit;
+// inputs are in shared memory, made once by a block; a warp has what it needs of a product in registers, and no load of
+// parameters for each chunk; and a block's barrier, with the outputs behind it, is for several tasks at a time.
 //
 // A task's eight sums are added up in the warps' order, a product's splits in theirs; there are no atomics but in the
 // barriers. In the dependent form every stage is a launch of the same kernel, which starts to read weights before the
 // launch before it has ended.
 #include <cstring>
+#include <type_traits>
 
 #include "acip/cuda_decode.h"
 #include "device.h"
@@ -36,10 +41,13 @@ constexpr int kMostSlots = 16;
 constexpr int kMostSplits = 16;
 constexpr int kMostStages = 7;
 constexpr int kMostProducts = 4 * kMostSiblings;
-// Bytes from one row of a slot to the next: rows that lanes read together are in different banks.
-constexpr int kPitch = 256 + 64, kPitchOf4 = 128 + 32;
+// Bytes of a row in a slot of 4-bit weights, of others twice as many; and from one row of a slot to the next: rows that
+// lanes read together are in different banks.
+constexpr int kRowOf4 = 128, kPitch = 256 + 64, kPitchOf4 = 128 + 32;
 // From one token's sums of a warp to the next's, in floats; for the same reason.
 constexpr int kSumPitch = kRows + 4;
+// Tasks between two barriers of a block: about as many outputs as a block has threads.
+__host__ __device__ constexpr int batch_of(int tokens) { return tokens == 1 ? 8 : tokens <= 8 ? 2 : 1; }
 
 // Where an output's value comes from, if not from weights: sums of splits; or a gate's and an up-projection's outputs.
 enum class From : int { weights, sums, gate_and_up };
@@ -66,6 +74,7 @@ struct Product {
     const float* in;
     int in_splits, in_stride;
     const float* s;
+    int made;  // inputs of one number, not 0, are the same, and are made in shared memory
     // The output.
     From from;
     To to;
@@ -90,7 +99,9 @@ struct Job {
     int begin, end;  // stages of this launch
     int tokens;
     bool bulk;  // where there are bulk copies: whether they bring what they can
-    int slots, slot_bytes, input_bytes;  // of a warp
+    int slots, slot_bytes;  // of a warp
+    int input_bytes;        // of a block
+    int block_bytes;        // of shared memory, that a block may have
     Stage stages[kMostStages];
     Product products[kMostProducts];
 };
@@ -125,102 +136,178 @@ __device__ __forceinline__ Task task_of(const Job& job, int stage, int task, int
     return {product + part, tile * kRows, task - tile * p.splits};
 }
 
-// A warp's chunks, one after the other.
+// A block's tasks of one product, one after the other, and a warp's chunks of each. What a task needs of its product is
+// here, in registers: a launch's parameters can be indexed, but each such load waits for the one before it.
+struct Run {
+    int product, left, row, split, splits, span, chunks, start;
+
+    __device__ __forceinline__ Run() : product(0), left(0), row(0), split(0), splits(1), span(0), chunks(0), start(0) {}
+
+    // From `task` of the stage on, which is before `end`.
+    __device__ __forceinline__ Run(const Job& job, int stage, int task, int end, int part, int warp) {
+        left = end - task, product = job.stages[stage].first;
+        while (task >= job.products[product].tasks) task -= job.products[product++].tasks;
+        left = min(left, job.products[product].tasks - task);
+        product += part;
+        const Product& p = job.products[product];
+        splits = p.splits, span = p.span, chunks = p.chunks;
+        const int tile = splits == 1 ? task : int(__umulhi(task, p.inverse_splits));
+        row = tile * kRows, split = task - tile * splits;
+        // Chunks go to the warps in turn through all of a product's tasks, so that few of a task leave no warp idle.
+        start = (warp - task * span) & (kWarps - 1);
+    }
+    __device__ __forceinline__ void next() {
+        --left, start = (start - span) & (kWarps - 1);
+        if (++split == splits) split = 0, row += kRows;
+    }
+    __device__ __forceinline__ int begin() const { return split * span + start; }
+    __device__ __forceinline__ int end() const { return min((split + 1) * span, chunks); }
+};
+
+// A warp's chunks, one after the other, and where they are.
 struct Walk {
-    int stage, task, end, part, chunk, chunk_end, product, row;
+    int stage, task, end, part, chunk, chunk_end;
+    Run run;
+    const unsigned char* weight;
+    int64_t stride;
+    int rows, row_bytes, layout;
 
     __device__ __forceinline__ Walk(const Job& job)
-        : stage(job.begin - 1), task(0), end(0), part(0), chunk(0), chunk_end(0), product(0), row(0) {}
+        : stage(job.begin - 1), task(0), end(0), part(0), chunk(0), chunk_end(0), weight(nullptr), stride(0), rows(0),
+          row_bytes(0), layout(0) {}
 
     // From the chunk behind the last one to one that there is, or false behind them all.
     __device__ __forceinline__ bool settle(const Job& job, int warp) {
         while (chunk >= chunk_end) {
-            if (++task >= end) {
-                if (stage < job.begin || ++part == job.stages[stage].parts) {
-                    part = 0;
-                    do {
-                        if (++stage >= job.end) return false;
-                        end = first_task(job, stage, blockIdx.x + 1);
-                    } while (first_task(job, stage, blockIdx.x) >= end);
+            if (run.left > 1) {
+                run.next();
+            } else {
+                if (task >= end) {
+                    if (stage < job.begin || ++part == job.stages[stage].parts) {
+                        part = 0;
+                        do {
+                            if (++stage >= job.end) return false;
+                            end = first_task(job, stage, blockIdx.x + 1);
+                        } while (first_task(job, stage, blockIdx.x) >= end);
+                    }
+                    task = first_task(job, stage, blockIdx.x);
                 }
-                task = first_task(job, stage, blockIdx.x);
+                run = Run(job, stage, task, end, part, warp);
+                task += run.left;
+                const Product& p = job.products[run.product];
+                weight = p.weight, stride = p.stride, rows = p.rows, row_bytes = p.row_bytes;
+                layout = p.chunk_bytes_shift | p.step << 8 | (p.type == Number::i4 ? kPitchOf4 : kPitch) << 16;
             }
-            const Task at = task_of(job, stage, task, part);
-            const Product& p = job.products[at.product];
-            product = at.product, row = at.row;
-            chunk = at.split * p.span + warp, chunk_end = min((at.split + 1) * p.span, p.chunks);
+            chunk = run.begin(), chunk_end = run.end();
         }
         return true;
     }
+    // Log2 of a chunk's bytes; what a copy may take at once; bytes from one row of a slot to the next.
+    __device__ __forceinline__ int shift() const { return layout & 0xff; }
+    __device__ __forceinline__ int step() const { return layout >> 8 & 0xff; }
+    __device__ __forceinline__ int pitch() const { return layout >> 16; }
 };
 
 // ---- weights on their way
 
+// Lanes side by side copy a row's bytes, those that are left the next rows'.
 template <int kStep>
-__device__ __forceinline__ void copy_rows(const Product& p, unsigned char* slot, int pitch, const unsigned char* from,
-                                          int rows, int bytes, int lane) {
-    int shift = p.chunk_bytes_shift - (kStep == 16 ? 4 : kStep == 8 ? 3 : 2);
-    for (int i = lane; i < rows << shift; i += 32) {
-        int row = i >> shift, offset = (i - (row << shift)) * kStep;
-        if (offset < (bytes + 15) / 16 * 16)
-            copy_async<kStep>(slot + row * pitch + offset, from + row * p.stride + offset, offset < bytes ? kStep : 0);
+__device__ __forceinline__ void copy_rows(const Walk& walk, unsigned char* slot, const unsigned char* from, int rows,
+                                          int bytes, int lane) {
+    const int shift = walk.shift() - (kStep == 16 ? 4 : kStep == 8 ? 3 : 2), pitch = walk.pitch();
+    const int offset = (lane & ((1 << shift) - 1)) * kStep, several = shift > 5 ? 1 : 32 >> shift;
+    for (int more = 0; offset + more < (bytes + 15) / 16 * 16; more += 32 * kStep) {
+        int row = lane >> shift;
+        unsigned char* to = slot + row * pitch + offset + more;
+        const unsigned char* at = from + row * walk.stride + offset + more;
+        const uint32_t size = offset + more < bytes ? kStep : 0;
+#pragma unroll(kStep == 16 ? 4 : 1)
+        for (; row < rows; row += several, to += several * pitch, at += several * walk.stride)
+            copy_async<kStep>(to, at, kStep == 16 ? 16 : size);
+        if (shift <= 5) break;
+    }
+}
+
+// 16 rows of as many bytes as a slot has room for, which is nearly all there is: 32 lanes have two rows at a time, of
+// 4-bit weights four, and either is as far in the slot.
+__device__ __forceinline__ void copy_tile(const Walk& walk, unsigned char* slot, const unsigned char* from, int lane) {
+    static_assert(4 * kPitchOf4 == 2 * kPitch);
+    const bool four = walk.pitch() != kPitch;
+    const int row = four ? lane >> 3 : lane >> 4, offset = (four ? lane & 7 : lane & 15) * 16;
+    const int64_t several = walk.stride << (four ? 2 : 1);
+    slot += row * walk.pitch() + offset, from += row * walk.stride + offset;
+#pragma unroll
+    for (int i = 0; i < 8; ++i, from += several) {
+        if (i == 4 && four) break;
+        copy_async<16>(slot + i * 2 * kPitch, from, 16);
     }
 }
 
 // For rows that lie at odd addresses: a lane puts together four bytes.
 template <class T>
-__device__ __forceinline__ void copy_slowly(const Product& p, unsigned char* slot, int pitch, const unsigned char* from,
-                                            int rows, int bytes, int lane) {
+__device__ __forceinline__ void copy_slowly(const Walk& walk, unsigned char* slot, const unsigned char* from, int rows,
+                                            int bytes, int lane) {
     constexpr int kEach = int(sizeof(T));
+#pragma unroll 1
     for (int row = 0; row < rows; ++row)
+#pragma unroll 1
         for (int offset = 4 * lane; offset < (bytes + 15) / 16 * 16; offset += 128) {
             uint32_t word = 0;
 #pragma unroll
             for (int i = 0; i < 4; i += kEach)
                 if (offset + i < bytes)
-                    word |= uint32_t(read_global<T>(from + row * p.stride + offset + i)) << 8 * i;
-            write_shared(slot + row * pitch + offset, word);
+                    word |= uint32_t(read_global<T>(from + row * walk.stride + offset + i)) << 8 * i;
+            write_shared(slot + row * walk.pitch() + offset, word);
         }
 }
 
-__device__ __forceinline__ int pitch_of(const Product& p) { return p.type == Number::i4 ? kPitchOf4 : kPitch; }
-
 // Starts what brings a chunk of weights to a slot; whoever copies how, there are 32 arrivals at `full`. Behind the end
 // of a row there are zeros up to a multiple of 16 bytes. Here of rows that are not aligned to 16 bytes.
-__device__ __forceinline__ void fill_unaligned(const Product& p, unsigned char* slot, const unsigned char* from,
+__device__ __forceinline__ void fill_unaligned(const Walk& walk, unsigned char* slot, const unsigned char* from,
                                                int rows, int bytes, uint64_t* full, int lane) {
-    const int pitch = pitch_of(p);
-    if (p.step >= 4) {
-        if (p.step == 8)
-            copy_rows<8>(p, slot, pitch, from, rows, bytes, lane);
+    if (walk.step() >= 4) {
+        if (walk.step() == 8)
+            copy_rows<8>(walk, slot, from, rows, bytes, lane);
         else
-            copy_rows<4>(p, slot, pitch, from, rows, bytes, lane);
+            copy_rows<4>(walk, slot, from, rows, bytes, lane);
         barrier_arrive_after_copies(full);
     } else {
-        if (p.step == 2)
-            copy_slowly<uint16_t>(p, slot, pitch, from, rows, bytes, lane);
+        if (walk.step() == 2)
+            copy_slowly<uint16_t>(walk, slot, from, rows, bytes, lane);
         else
-            copy_slowly<uint8_t>(p, slot, pitch, from, rows, bytes, lane);
+            copy_slowly<uint8_t>(walk, slot, from, rows, bytes, lane);
         barrier_arrive(full, 1);
     }
 }
 
 __device__ __forceinline__ void fill(const Job& job, const Walk& walk, unsigned char* slot, uint64_t* full, int lane) {
-    const Product& p = job.products[walk.product];
-    int rows = min(kRows, p.rows - walk.row), offset = walk.chunk << p.chunk_bytes_shift;
-    int bytes = min(1 << p.chunk_bytes_shift, p.row_bytes - offset), pitch = pitch_of(p);
-    const unsigned char* from = p.weight + walk.row * p.stride + offset;
-    if (p.step < 16) return fill_unaligned(p, slot, from, rows, bytes, full, lane);
+    const int rows = min(kRows, walk.rows - walk.run.row), offset = walk.chunk << walk.shift();
+    const int bytes = min(1 << walk.shift(), walk.row_bytes - offset);
+    const unsigned char* from = walk.weight + walk.run.row * walk.stride + offset;
+    if (walk.pitch() == kPitchOf4) {
+        // Scales and zeros are read when the weights are here, from a cache then: half of the lanes has either's rows.
+        const Product& p = job.products[walk.run.product];
+        const int64_t at = int64_t(walk.run.row + min(lane & 15, rows - 1)) * p.groups + (offset * 2 >> p.group_shift);
+        if (lane < kRows)
+            prefetch(static_cast<const uint16_t*>(p.scales) + at);
+        else if (p.zeros)
+            prefetch(p.zeros + at);
+    }
+    if (walk.step() < 16) return fill_unaligned(walk, slot, from, rows, bytes, full, lane);
     if (kBulk && job.bulk) {
         // One lane for all: of several lanes the machine makes a loop around every copy.
         if (elected()) {
+            const int pitch = walk.pitch();
             barrier_arrive(full, 31);
             barrier_arrive_expecting(full, rows * bytes);
 #pragma unroll 4
-            for (int row = 0; row < rows; ++row, slot += pitch, from += p.stride) copy_bulk(slot, from, bytes, full);
+            for (int row = 0; row < rows; ++row, slot += pitch, from += walk.stride) copy_bulk(slot, from, bytes, full);
         }
     } else {
-        copy_rows<16>(p, slot, pitch, from, rows, bytes, lane);
+        if (rows == kRows && bytes == kRowOf4 << (walk.pitch() == kPitch))
+            copy_tile(walk, slot, from, lane);
+        else
+            copy_rows<16>(walk, slot, from, rows, bytes, lane);
         barrier_arrive_after_copies(full);
     }
 }
@@ -239,46 +326,72 @@ __device__ __forceinline__ uint4 read_8(const unsigned char* row, int k, int col
     return words;
 }
 
-__device__ __forceinline__ int input_pitch(const Product& p) { return (2 << p.chunk_shift) + 64; }
+// From one token's inputs in shared memory to the next's, in bytes: zeros follow up to whole chunks, and what may be read
+// behind the last short one, 128 columns at once, but is not used.
+__host__ __device__ __forceinline__ int input_pitch(int cols) { return (cols + 255) / 256 * 512 + 256 + 64; }
+
+// Parts of a sum that are asked for before one is waited for.
+constexpr int kAtOnce = 4;
 
 // The sum of a first product's splits: one number.
 __device__ __forceinline__ float sum_of_splits(const Product& p, int tokens, int token, int k) {
+    const float scale = p.s ? read_global<float>(p.s + k) : 1, *from = p.in + token * p.in_stride + k;
+    const int splits = p.in_splits, each = tokens * p.in_stride;
     float sum = 0;
-    for (int split = 0; split < p.in_splits; ++split)
-        sum += read_global<float>(p.in + (split * tokens + token) * p.in_stride + k);
-    return p.s ? sum * read_global<float>(p.s + k) : sum;
+#pragma unroll 1
+    for (int split = 0; split < splits; split += kAtOnce) {
+        float parts[kAtOnce] = {};
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            if (split + i < splits) parts[i] = read_global<float>(from + (split + i) * each);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) sum += parts[i];
+    }
+    return sum * scale;
 }
 
-// Makes the inputs of this warp's chunks of a second factor: sums of splits, scaled and rounded, [chunk, token,
-// column], with zeros behind the last column.
+// Makes the inputs of a product, by all of a block's threads: activations as they are; or sums of splits, scaled and
+// rounded. [token, column], with zeros behind the last column.
 template <class X>
-__device__ __forceinline__ void make_inputs(const Product& p, unsigned char* to, int tokens, int warp, int lane) {
-    int pitch = input_pitch(p), quads_shift = p.chunk_shift - 2;
-    for (int chunk = warp, local = 0; chunk < p.chunks; chunk += kWarps, ++local) {
-        for (int i = lane; i < tokens << quads_shift; i += 32) {
-            int token = i >> quads_shift, column = (i - (token << quads_shift)) * 4;
-            int k = (chunk << p.chunk_shift) + column;
+__device__ __forceinline__ void make_inputs(const Product& p, unsigned char* to, int tokens) {
+    const int cols = p.cols, pitch = input_pitch(cols), quads = (cols + 255) / 256 * 64;
+    for (int token = 0; token < tokens; ++token, to += pitch) {
+        if (!p.in) {
+            const unsigned char* from = p.x + token * p.x_stride;
+            for (int i = threadIdx.x; i < quads / 2; i += kThreads)
+                write_shared(to + 16 * i, read_8(from, 8 * i, cols, p.x_wide));
+            continue;
+        }
+        for (int i = threadIdx.x; i < quads; i += kThreads) {
+            const int k = 4 * i;
             uint16_t values[4] = {0, 0, 0, 0};
-            if (k + 4 <= p.cols) {
+            if (k + 4 <= cols) {
                 const float* from = p.in + token * p.in_stride + k;
-                float4 sum = read_global<float4>(from);
-                for (int split = 1; split < p.in_splits; ++split) {
-                    float4 part = read_global<float4>(from + split * tokens * p.in_stride);
-                    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-                }
+                const int splits = p.in_splits, each = tokens * p.in_stride;
+                float4 sum = {0, 0, 0, 0}, scale = {1, 1, 1, 1};
                 if (p.s) {
-                    sum.x *= read_global<float>(p.s + k), sum.y *= read_global<float>(p.s + k + 1);
-                    sum.z *= read_global<float>(p.s + k + 2), sum.w *= read_global<float>(p.s + k + 3);
+                    scale.x = read_global<float>(p.s + k), scale.y = read_global<float>(p.s + k + 1);
+                    scale.z = read_global<float>(p.s + k + 2), scale.w = read_global<float>(p.s + k + 3);
                 }
-                values[0] = round(X{}, sum.x), values[1] = round(X{}, sum.y);
-                values[2] = round(X{}, sum.z), values[3] = round(X{}, sum.w);
+#pragma unroll 1
+                for (int split = 0; split < splits; split += kAtOnce) {
+                    float4 parts[kAtOnce] = {};
+#pragma unroll
+                    for (int j = 0; j < kAtOnce; ++j)
+                        if (split + j < splits) parts[j] = read_global<float4>(from + (split + j) * each);
+#pragma unroll
+                    for (int j = 0; j < kAtOnce; ++j)
+                        sum.x += parts[j].x, sum.y += parts[j].y, sum.z += parts[j].z, sum.w += parts[j].w;
+                }
+                values[0] = round(X{}, sum.x * scale.x), values[1] = round(X{}, sum.y * scale.y);
+                values[2] = round(X{}, sum.z * scale.z), values[3] = round(X{}, sum.w * scale.w);
             } else {
 #pragma unroll
                 for (int j = 0; j < 4; ++j)
-                    if (k + j < p.cols) values[j] = round(X{}, sum_of_splits(p, tokens, token, k + j));
+                    if (k + j < cols) values[j] = round(X{}, sum_of_splits(p, tokens, token, k + j));
             }
             uint2 packed = {values[0] | uint32_t(values[1]) << 16, values[2] | uint32_t(values[3]) << 16};
-            write_shared(to + (local * tokens + token) * pitch + column * 2, packed);
+            write_shared(to + 8 * i, packed);
         }
     }
 }
@@ -294,13 +407,14 @@ __device__ __forceinline__ constexpr uint32_t magic() {
 __device__ __forceinline__ void numbers_of_8(Bf16, uint32_t word, uint32_t& even, uint32_t& odd) {
     // Seven bits behind 128 (0x4300). The sign's bit weighs -128 and lies at the exponent's lowest: 128 or 256.
     uint32_t high = word >> 8;
-    even = subtract(Bf16{}, (word & 0x007f007fu) | 0x43004300u, (word & 0x00800080u) | 0x43004300u);
-    odd = subtract(Bf16{}, (high & 0x007f007fu) | 0x43004300u, (high & 0x00800080u) | 0x43004300u);
+    constexpr uint32_t kBits = 0x007f007fu, kSign = 0x00800080u, kMagic = 0x43004300u;
+    even = subtract(Bf16{}, and_or(word, kBits, kMagic), and_or(word, kSign, kMagic));
+    odd = subtract(Bf16{}, and_or(high, kBits, kMagic), and_or(high, kSign, kMagic));
 }
 __device__ __forceinline__ void numbers_of_8(F16, uint32_t word, uint32_t& even, uint32_t& odd) {
     // With its sign's bit turned a byte is itself and 128: behind 1024 that is 1152 (0x6480) and itself.
-    even = subtract(F16{}, (word & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
-    odd = subtract(F16{}, ((word >> 8) & 0x00ff00ffu) ^ 0x64806480u, 0x64806480u);
+    even = subtract(F16{}, and_xor(word, 0x00ff00ffu, 0x64806480u), 0x64806480u);
+    odd = subtract(F16{}, and_xor(word >> 8, 0x00ff00ffu, 0x64806480u), 0x64806480u);
 }
 
 // c += a b for 16 rows (two a lane), 8 columns of each lane, in two steps.
@@ -319,130 +433,187 @@ __device__ __forceinline__ void interleave(uint32_t (&b)[4]) {
     b[2] = __byte_perm(from[2], from[3], 0x5410), b[3] = __byte_perm(from[2], from[3], 0x7632);
 }
 
-template <class X>
-__device__ __forceinline__ void multiply_and_add(float& sum, const uint4& weights, const uint32_t (&b)[4]) {
-    const uint32_t words[4] = {weights.x, weights.y, weights.z, weights.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        sum = fmaf(to_float(X{}, uint16_t(words[i])), to_float(X{}, uint16_t(b[i])), sum);
-        sum = fmaf(to_float(X{}, uint16_t(words[i] >> 16)), to_float(X{}, uint16_t(b[i] >> 16)), sum);
-    }
-}
-
 template <Number kType>
 constexpr int kColumns = kType == Number::i8 || kType == Number::i4 ? 256 : 128;  // of a chunk, at most
 
-// c (and with one token of two-byte weights c[0][0] and c[0][2] of each lane's own columns) += the chunk's products.
-// Lane 4 g + t has rows g and g + 8 and of every 32 columns eight: of two-byte weights 8 t to 8 t + 7; of 8-bit ones of
-// every 64 columns 16 t to 16 t + 15; of 4-bit ones of every 64 columns 8 t to 8 t + 7 and 32 more.
+// What of a product its chunks need, in registers for the same reason.
+struct Weights {
+    int product, cols, chunk_shift, made;
+    Number type;
+};
+
+// c += the chunk's products. Lane 4 g + t has rows g and g + 8 and of every 32 columns eight: of two-byte weights 8 t
+// to 8 t + 7; of 8-bit ones of every 64 columns 16 t to 16 t + 15; of 4-bit ones of every 64 columns 8 t to 8 t + 7 and
+// 32 more. `inputs` are whole rows in shared memory; with none made, they are read where they are.
 template <class X, int kTokens, Number kType>
-__device__ __forceinline__ void multiply_chunk(const Product& p, int row, int chunk, const unsigned char* inputs,
-                                               int tokens, const unsigned char* slot, uint64_t* full, uint32_t parity,
-                                               int lane, float (&c)[(kTokens + 7) / 8][4]) {
-    constexpr int kTiles = (kTokens + 7) / 8, kRounds = kColumns<kType> / 128;
-    constexpr bool kPlain = kType != Number::i8 && kType != Number::i4, kAdds = kTokens == 1 && kPlain;
+__device__ __forceinline__ void multiply_chunk(const Job& job, const Weights& about, int row, int chunk,
+                                               const unsigned char* inputs, int tokens, const unsigned char* slot,
+                                               uint64_t* full, uint32_t parity, int lane,
+                                               float (&c)[(kTokens + 7) / 8][4]) {
+    constexpr int kTiles = (kTokens + 7) / 8;
+    constexpr bool kPlain = kType != Number::i8 && kType != Number::i4, kOne = kTokens == 1 && kPlain;
     constexpr int kSlotPitch = kType == Number::i4 ? kPitchOf4 : kPitch;
-    const int g = lane >> 2, t = lane & 3, first = chunk << p.chunk_shift;
-    const int columns = min(1 << p.chunk_shift, p.cols - first);
+    const int g = lane >> 2, t = lane & 3, first = chunk << about.chunk_shift;
+    const int columns = min(1 << about.chunk_shift, about.cols - first);
+    const Product& p = job.products[about.product];
     const unsigned char *low = slot + g * kSlotPitch, *high = low + 8 * kSlotPitch;
 
     // Of the chunk's 32 columns, lane t has the scales (the high half: a float32's) and zeros of numbers t and t + 4.
     uint32_t scales[2][2] = {};
     if (kType == Number::i4) {
+        // All are asked for before one is waited for.
+        const auto* all = static_cast<const uint16_t*>(p.scales);
+        const unsigned char* zeros = p.zeros;
+        const int rows = p.rows, shift = p.group_shift;
+        const int64_t groups = p.groups;
+        uint32_t of_scales[2][2] = {}, of_zeros[2][2] = {};
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int column = 32 * (t + 4 * half), of = row + g + 8 * i;
-                if (column < columns && of < p.rows) {
-                    const int64_t at = int64_t(of) * p.groups + ((first + column) >> p.group_shift);
-                    const uint32_t scale = read_global<uint16_t>(static_cast<const uint16_t*>(p.scales) + at);
-                    scales[i][half] = scale << 16 | (p.zeros ? read_global<uint8_t>(p.zeros + at) : 8);
-                }
+                const int64_t at = of * groups + ((first + column) >> shift);
+                const bool is = column < columns && of < rows;
+                if (is) of_scales[i][half] = read_global<uint16_t>(all + at);
+                if (is && zeros) of_zeros[i][half] = read_global<uint8_t>(zeros + at);
             }
+        const uint32_t zero = zeros ? 0 : 8;
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                scales[i][half] = of_scales[i][half] << 16 | of_zeros[i][half] | zero;
     }
+    barrier_wait(full, parity);
 
     // 128 columns at a time; in turn, for the sake of registers.
 #pragma unroll 1
-    for (int round = 0; round < kRounds; ++round) {
-        const int begin = 128 * round;
-        if (begin >= columns) break;
-        // Inputs first: they come while weights are awaited.
+    for (int begin = 0; begin < columns; begin += 128) {
         uint32_t b[4][kTiles][4];
+        const bool wide = !about.made && p.x_wide && first + begin + 128 <= about.cols;
 #pragma unroll
-        for (int u = 0; u < 4; ++u)
+        for (int n = 0; n < kTiles; ++n) {
+            // One token is all columns of the fragment: nothing else is read of the product's.
+            const int token = kTokens == 1 ? 0 : 8 * n + g, k = first + begin + (kType == Number::i8 ? 16 : 8) * t;
+            const bool is = kTokens == 1 || token < tokens;
+            const unsigned char* from = inputs + token * input_pitch(about.cols) + 2 * k;
+            uint4 values[4] = {};
+#define ACIP_OFFSET(u) (kType == Number::i8 ? 64 * (u / 2) + 8 * (u % 2) : 32 * u)
+            if (about.made) {
 #pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-                const int token = kAdds ? 0 : 8 * n + g;
-                const int k = begin + (kType == Number::i8 ? 64 * (u / 2) + 16 * t + 8 * (u % 2) : 32 * u + 8 * t);
-                uint4 value = {0, 0, 0, 0};
-                if (k < columns && token < tokens)
-                    value = inputs ? read_shared<uint4>(inputs + token * input_pitch(p) + 2 * k)
-                                   : read_8(p.x + token * p.x_stride, first + k, p.cols, p.x_wide);
-                b[u][n][0] = value.x, b[u][n][1] = value.y, b[u][n][2] = value.z, b[u][n][3] = value.w;
+                for (int u = 0; u < 4; ++u)
+                    if (is) values[u] = read_shared<uint4>(from + 2 * ACIP_OFFSET(u));
+            } else if (wide) {
+                const unsigned char* far = p.x + token * p.x_stride;
+#pragma unroll
+                for (int u = 0; u < 4; ++u)
+                    if (is) values[u] = read_global<uint4>(far + 2 * (k + ACIP_OFFSET(u)));
+            } else if (is) {
+                const unsigned char* far = p.x + token * p.x_stride;
+#pragma unroll
+                for (int u = 0; u < 4; ++u)
+                    if (k + ACIP_OFFSET(u) < about.cols)
+                        values[u] = read_8(far, k + ACIP_OFFSET(u), about.cols, p.x_wide);
+            }
+#undef ACIP_OFFSET
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+                if (kOne) {  // (see below)
+                    values[u].x = g % 2 ? values[u].y : values[u].x, values[u].y = g % 2 ? values[u].w : values[u].z;
+                }
+                b[u][n][0] = values[u].x, b[u][n][1] = values[u].y, b[u][n][2] = values[u].z, b[u][n][3] = values[u].w;
                 if (!kPlain) interleave(b[u][n]);
             }
-        if (round == 0) barrier_wait(full, parity);
+        }
 
-        if constexpr (kPlain) {
+        if constexpr (kOne) {
+            // A lane's 16 bytes of one row as they are: four words where the fragment has two columns of row g and two
+            // of row g + 8. So the even columns of b have what the first and the third word take, the odd ones what the
+            // others do, and a sum is that of row g and column 0 and that of row g + 8 and column 1.
+            float sums[2][4] = {};
+            const auto products = [&](auto whole) {
+#pragma unroll
+                for (int u = 0; u < 4; ++u) {
+                    const int k = begin + 32 * u + 8 * t;
+                    if (!whole.value && begin + 32 * u >= columns) break;
+                    uint4 a = {0, 0, 0, 0}, a8 = {0, 0, 0, 0};
+                    if (whole.value || k < columns)
+                        a = read_shared<uint4>(low + 2 * k), a8 = read_shared<uint4>(high + 2 * k);
+                    const uint32_t words[4] = {a.x, a.y, a.z, a.w}, words_8[4] = {a8.x, a8.y, a8.z, a8.w};
+                    mma(X{}, sums[0], words, b[u][0][0], b[u][0][1]);
+                    mma(X{}, sums[1], words_8, b[u][0][0], b[u][0][1]);
+                }
+            };
+            if (begin + 128 <= columns)
+                products(std::true_type{});
+            else
+                products(std::false_type{});
+            c[0][0] += sums[0][0] + sums[0][3], c[0][2] += sums[1][0] + sums[1][3];
+        } else if constexpr (kPlain) {
 #pragma unroll
             for (int u = 0; u < 4; ++u) {
-                const int k = 32 * u + 8 * t;
-                if (32 * u >= columns) break;
+                const int k = begin + 32 * u + 8 * t;
+                if (begin + 32 * u >= columns) break;
                 uint4 a = {0, 0, 0, 0}, a8 = {0, 0, 0, 0};
                 if (k < columns) a = read_shared<uint4>(low + 2 * k), a8 = read_shared<uint4>(high + 2 * k);
-                if constexpr (kAdds) {
-                    multiply_and_add<X>(c[0][0], a, b[u][0]);
-                    multiply_and_add<X>(c[0][2], a8, b[u][0]);
-                } else {
-                    const uint32_t rows[4] = {a.x, a.y, a.z, a.w}, rows_8[4] = {a8.x, a8.y, a8.z, a8.w};
-#pragma unroll
-                    for (int n = 0; n < kTiles; ++n) multiply<X>(c[n], rows, rows_8, b[u][n]);
-                }
-            }
-        } else if constexpr (kType == Number::i8) {
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                const int column = begin + 64 * (u / 2);
-                if (column >= columns) break;
-                // Of 16 bytes, the first eight and the others.
-                const uint2 a = read_shared<uint2>(low + column + 16 * t + 8 * (u % 2));
-                const uint2 a8 = read_shared<uint2>(high + column + 16 * t + 8 * (u % 2));
-                uint32_t rows[4], rows_8[4];
-                numbers_of_8(X{}, a.x, rows[0], rows[1]), numbers_of_8(X{}, a.y, rows[2], rows[3]);
-                numbers_of_8(X{}, a8.x, rows_8[0], rows_8[1]), numbers_of_8(X{}, a8.y, rows_8[2], rows_8[3]);
+                const uint32_t rows[4] = {a.x, a.y, a.z, a.w}, rows_8[4] = {a8.x, a8.y, a8.z, a8.w};
 #pragma unroll
                 for (int n = 0; n < kTiles; ++n) multiply<X>(c[n], rows, rows_8, b[u][n]);
             }
+        } else if constexpr (kType == Number::i8) {
+#pragma unroll
+            for (int pair = 0; pair < 2; ++pair) {
+                const int column = begin + 64 * pair;
+                if (column >= columns) break;
+                // Of 16 bytes, the first eight and the others.
+                const uint4 a = read_shared<uint4>(low + column + 16 * t);
+                const uint4 a8 = read_shared<uint4>(high + column + 16 * t);
+                const uint32_t words[4] = {a.x, a.y, a.z, a.w}, words_8[4] = {a8.x, a8.y, a8.z, a8.w};
+#pragma unroll
+                for (int u = 0; u < 2; ++u) {
+                    uint32_t rows[4], rows_8[4];
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        numbers_of_8(X{}, words[2 * u + i], rows[2 * i], rows[2 * i + 1]);
+                        numbers_of_8(X{}, words_8[2 * u + i], rows_8[2 * i], rows_8[2 * i + 1]);
+                    }
+#pragma unroll
+                    for (int n = 0; n < kTiles; ++n) multiply<X>(c[n], rows, rows_8, b[2 * pair + u][n]);
+                }
+            }
         } else {
 #pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                const int column = begin + 64 * (u / 2);
+            for (int pair = 0; pair < 2; ++pair) {
+                const int column = begin + 64 * pair;
                 if (column >= columns) break;
                 constexpr uint32_t kMask = 0x000f000fu;
-                // One half of these bytes, the low or the high one.
                 const uint2 a = read_shared<uint2>(low + column / 2 + 8 * t);
                 const uint2 a8 = read_shared<uint2>(high + column / 2 + 8 * t);
                 const uint32_t words[2] = {a.x, a.y}, words_8[2] = {a8.x, a8.y};
-                const uint32_t scale = __shfl_sync(~0u, round ? scales[0][1] : scales[0][0], (lane & ~3) | u);
-                const uint32_t scale_8 = __shfl_sync(~0u, round ? scales[1][1] : scales[1][0], (lane & ~3) | u);
-                const uint32_t zero = magic<X>() | (scale & 0xff) * 0x10001u;
-                const uint32_t zero_8 = magic<X>() | (scale_8 & 0xff) * 0x10001u;
-                const float by = to_float(Bf16{}, uint16_t(scale >> 16));
-                const float by_8 = to_float(Bf16{}, uint16_t(scale_8 >> 16));
-                uint32_t rows[4], rows_8[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int shift = 8 * (i % 2) + 4 * (u % 2);
-                    rows[i] = subtract(X{}, ((words[i / 2] >> shift) & kMask) | magic<X>(), zero);
-                    rows_8[i] = subtract(X{}, ((words_8[i / 2] >> shift) & kMask) | magic<X>(), zero_8);
-                }
+                for (int u = 0; u < 2; ++u) {  // the bytes' low halves, and the high ones
+                    const int from = (lane & ~3) | (2 * pair + u);
+                    const uint32_t scale = __shfl_sync(~0u, begin ? scales[0][1] : scales[0][0], from);
+                    const uint32_t scale_8 = __shfl_sync(~0u, begin ? scales[1][1] : scales[1][0], from);
+                    // The zero is the lowest byte, behind the magic number's upper one; twice.
+                    const uint32_t zero = __byte_perm(scale, magic<X>() >> 8, 0x4040);
+                    const uint32_t zero_8 = __byte_perm(scale_8, magic<X>() >> 8, 0x4040);
+                    const float by = to_float(Bf16{}, uint16_t(scale >> 16));
+                    const float by_8 = to_float(Bf16{}, uint16_t(scale_8 >> 16));
+                    uint32_t rows[4], rows_8[4];
 #pragma unroll
-                for (int n = 0; n < kTiles; ++n) {
-                    float part[4] = {0, 0, 0, 0};
-                    multiply<X>(part, rows, rows_8, b[u][n]);
-                    c[n][0] = fmaf(part[0], by, c[n][0]), c[n][1] = fmaf(part[1], by, c[n][1]);
-                    c[n][2] = fmaf(part[2], by_8, c[n][2]), c[n][3] = fmaf(part[3], by_8, c[n][3]);
+                    for (int i = 0; i < 4; ++i) {
+                        const int shift = 8 * (i % 2) + 4 * u;
+                        rows[i] = subtract(X{}, and_or(words[i / 2] >> shift, kMask, magic<X>()), zero);
+                        rows_8[i] = subtract(X{}, and_or(words_8[i / 2] >> shift, kMask, magic<X>()), zero_8);
+                    }
+#pragma unroll
+                    for (int n = 0; n < kTiles; ++n) {
+                        float part[4] = {0, 0, 0, 0};
+                        multiply<X>(part, rows, rows_8, b[2 * pair + u][n]);
+                        c[n][0] = fmaf(part[0], by, c[n][0]), c[n][2] = fmaf(part[2], by_8, c[n][2]);
+                        if (kTokens > 1) c[n][1] = fmaf(part[1], by, c[n][1]), c[n][3] = fmaf(part[3], by_8, c[n][3]);
+                    }
                 }
             }
         }
@@ -451,115 +622,124 @@ __device__ __forceinline__ void multiply_chunk(const Product& p, int row, int ch
 
 // ---- the kernel
 
-// Shared memory: the slots' barriers; scales of a task's rows, twice; the warps' sums of a task, twice; their inputs;
-// their rings.
+// Shared memory: the slots' barriers; scales of a batch of tasks, twice; the warps' sums of it, twice; inputs; the
+// warps' rings.
 __host__ __device__ constexpr size_t scales_at() { return kWarps * kMostSlots * 8; }
-__host__ __device__ constexpr size_t sums_at() { return scales_at() + 2 * kRows * 4; }
+__host__ __device__ constexpr size_t sums_at() { return scales_at() + 2 * 2 * kRows * 4; }
 __host__ __device__ constexpr size_t inputs_at(int tokens) {
-    return sums_at() + (size_t(2 * kWarps * kSumPitch * 4) * tokens + 127) / 128 * 128;
+    return sums_at() + size_t(2 * kWarps * kSumPitch * 4) * tokens * batch_of(tokens);
 }
 
 template <class X, int kTokens>
 __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(const __grid_constant__ Job job) {
-    constexpr int kTiles = (kTokens + 7) / 8;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tokens = job.tokens;
+    constexpr int kTiles = (kTokens + 7) / 8, kBatch = batch_of(kTokens);
+    // Of the first lane, for all: so the compiler knows that what follows from it is the same for a warp.
+    const int warp = __shfl_sync(~0u, int(threadIdx.x / 32), 0), lane = threadIdx.x % 32, tokens = job.tokens;
     unsigned char* shared = shared_memory();
     uint64_t* full = reinterpret_cast<uint64_t*>(shared) + warp * kMostSlots;
     float* scales = reinterpret_cast<float*>(shared + scales_at());
     float* sums = reinterpret_cast<float*>(shared + sums_at());
-    unsigned char* made = shared + inputs_at(kTokens) + warp * job.input_bytes;
-    unsigned char* ring = shared + inputs_at(kTokens) + kWarps * job.input_bytes + warp * job.slots * job.slot_bytes;
+    unsigned char* made = shared + inputs_at(kTokens);
+    const int slots = job.slots, slot_bytes = job.slot_bytes;
+    unsigned char* ring = made + job.input_bytes + warp * slots * slot_bytes;
 
-    if (lane < job.slots) barrier_init(full + lane, 32);
+    if (lane < slots) barrier_init(full + lane, 32);
     fence_async();
     __syncwarp();
     let_next_launch();
     Walk ahead(job);
     bool more = true;
-    for (int i = 0; i < job.slots && more; ++i) {
+    for (int i = 0; i < slots && more; ++i) {
         more = ahead.settle(job, warp);
-        if (more) fill(job, ahead, ring + i * job.slot_bytes, full + i, lane), ahead.chunk += kWarps;
+        if (more) fill(job, ahead, ring + i * slot_bytes, full + i, lane), ahead.chunk += kWarps;
     }
     await_last_launch();
 
     int slot = 0, parity = 0, turn = 0;
-    int made_of = -1;
+    int made_of = 0;
     for (int stage = job.begin; stage < job.end; ++stage) {
         if (stage > job.begin) sync_grid();
-        const int end = first_task(job, stage, blockIdx.x + 1), parts = job.stages[stage].parts;
-        for (int part = 0; part < parts; ++part)
-            for (int task = first_task(job, stage, blockIdx.x); task < end; ++task) {
-                const Task at = task_of(job, stage, task, part);
-                const Product& p = job.products[at.product];
+        const int end = first_task(job, stage, blockIdx.x + 1);
+        const int parts = job.stages[stage].parts;
+        for (int part = 0; part < parts; ++part) {
+            Run run;
+            Weights weights{0, 0, 0, 0, Number::i8};
+            for (int task = first_task(job, stage, blockIdx.x); task < end; task += kBatch) {
+                const int several = min(kBatch, end - task);
                 // One output of a thread; what it needs besides the sum is asked for first.
-                const int token = threadIdx.x / kRows, row = at.row + threadIdx.x % kRows;
-                const bool live = token < tokens && row < p.rows;
+                const int of = threadIdx.x / (kRows * kTokens), token = threadIdx.x / kRows % kTokens;
+                const Task at = task_of(job, stage, min(task + of, end - 1), part);
+                const Product& p = job.products[at.product];
+                const int row = at.row + threadIdx.x % kRows;
+                const bool live = of < several && token < tokens && row < p.rows;
                 int to = row;
                 float scale = 1, bias = 0;
                 const bool scaled = p.from == From::weights && p.type == Number::i8;
-                if (scaled && threadIdx.x < kRows && row < p.rows)
-                    scale = read_global<float>(static_cast<const float*>(p.scales) + row);
                 if (live) {
+                    if (scaled && token == 0)
+                        scale = read_global<float>(static_cast<const float*>(p.scales) + row);
                     if (p.place) to = read_global<int32_t>(p.place + row);
                     if (p.bias)
                         bias = to_float(X{}, read_global<uint16_t>(static_cast<const uint16_t*>(p.bias) + to));
                 }
 
-                float c[kTiles][4] = {};
-                if (p.from == From::weights) {
-                    if (p.in && made_of != at.product) {
-                        make_inputs<X>(p, made, tokens, warp, lane);
-                        made_of = at.product;
-                        __syncwarp();
+                for (int one = 0; one < several; ++one) {
+                    if (run.left > 1) {
+                        run.next();
+                    } else {
+                        run = Run(job, stage, task + one, end, part, warp);
+                        const Product& next = job.products[run.product];
+                        weights = {run.product, next.from == From::weights ? next.cols : 0, next.chunk_shift, next.made,
+                                   next.type};
+                        if (next.made && next.made != made_of) {
+                            if (one) __syncthreads();  // all warps have read the inputs before
+                            make_inputs<X>(next, made, tokens);
+                            made_of = next.made;
+                            __syncthreads();  // all inputs are made
+                        }
                     }
-                    const int last = min((at.split + 1) * p.span, p.chunks);
-                    int local = 0;
-                    for (int chunk = at.split * p.span + warp; chunk < last; chunk += kWarps, ++local) {
-                        const unsigned char* inputs = p.in ? made + local * tokens * input_pitch(p) : nullptr;
-                        unsigned char* weights = ring + slot * job.slot_bytes;
-                        if (p.type == Number::i4)
-                            multiply_chunk<X, kTokens, Number::i4>(p, at.row, chunk, inputs, tokens, weights,
+                    if (!weights.cols) continue;  // outputs that come from elsewhere
+                    float c[kTiles][4] = {};
+                    for (int chunk = run.begin(), last = run.end(); chunk < last; chunk += kWarps) {
+                        unsigned char* at = ring + slot * slot_bytes;
+                        if (weights.type == Number::i4)
+                            multiply_chunk<X, kTokens, Number::i4>(job, weights, run.row, chunk, made, tokens, at,
                                                                    full + slot, parity, lane, c);
-                        else if (p.type == Number::i8)
-                            multiply_chunk<X, kTokens, Number::i8>(p, at.row, chunk, inputs, tokens, weights,
+                        else if (weights.type == Number::i8)
+                            multiply_chunk<X, kTokens, Number::i8>(job, weights, run.row, chunk, made, tokens, at,
                                                                    full + slot, parity, lane, c);
                         else
-                            multiply_chunk<X, kTokens, Number::bf16>(p, at.row, chunk, inputs, tokens, weights,
+                            multiply_chunk<X, kTokens, Number::bf16>(job, weights, run.row, chunk, made, tokens, at,
                                                                      full + slot, parity, lane, c);
-                        fence_async();
+                        if (job.bulk) fence_async();
                         __syncwarp();  // all lanes have read the slot
                         if (more) more = ahead.settle(job, warp);
-                        if (more) fill(job, ahead, weights, full + slot, lane), ahead.chunk += kWarps;
-                        if (++slot == job.slots) slot = 0, parity ^= 1;
+                        if (more) fill(job, ahead, at, full + slot, lane), ahead.chunk += kWarps;
+                        if (++slot == slots) slot = 0, parity ^= 1;
                     }
-                    if (kTokens == 1 && p.type != Number::i8 && p.type != Number::i4)
-#pragma unroll
-                        for (int i = 0; i < 4; i += 2) {
-                            c[0][i] += __shfl_xor_sync(~0u, c[0][i], 1);
-                            c[0][i] += __shfl_xor_sync(~0u, c[0][i], 2);
-                        }
-                }
-
-                float value = 0, gate = 0;
-                if (p.from == From::weights) {
                     // Of two buffers in turn: whoever writes one again has been at a barrier behind its readers.
-                    float* mine = sums + (turn * kWarps + warp) * kTokens * kSumPitch;
+                    float* mine = sums + ((turn * kWarps + warp) * kBatch + one) * kTokens * kSumPitch;
 #pragma unroll
                     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
-                            int of = 8 * n + 2 * (lane & 3) + (i & 1);
-                            if (of < kTokens)
-                                write_shared(mine + of * kSumPitch + (lane >> 2) + 8 * (i >> 1), c[n][i]);
+                            const int column = 8 * n + 2 * (lane & 3) + (i & 1);
+                            if (column < kTokens)
+                                write_shared(mine + column * kSumPitch + (lane >> 2) + 8 * (i >> 1), c[n][i]);
                         }
-                    if (scaled && threadIdx.x < kRows) write_shared(scales + turn * kRows + threadIdx.x, scale);
-                    __syncthreads();
-                    if (scaled) scale = read_shared<float>(scales + turn * kRows + threadIdx.x % kRows);
-                    if (live)
-                        for (int w = 0; w < kWarps; ++w)
-                            value += read_shared<float>(sums + ((turn * kWarps + w) * kTokens + token) * kSumPitch +
-                                                        row - at.row);
-                    turn ^= 1;
+                }
+                // An 8-bit row's scale is read once, for all tokens.
+                float* shares = scales + turn * kBatch * kRows + of * kRows + threadIdx.x % kRows;
+                if (kTokens > 1 && token == 0 && of < kBatch) write_shared(shares, scale);
+                __syncthreads();
+                if (kTokens > 1 && of < kBatch) scale = read_shared<float>(shares);
+
+                float value = 0, gate = 0;
+                if (live && p.from == From::weights) {
+                    const float* from = sums + (turn * kWarps * kBatch + of) * kTokens * kSumPitch + token * kSumPitch;
+#pragma unroll
+                    for (int w = 0; w < kWarps; ++w)
+                        value += read_shared<float>(from + w * kBatch * kTokens * kSumPitch + threadIdx.x % kRows);
                 } else if (live && p.from == From::sums) {
                     value = to_float(X{}, round(X{}, sum_of_splits(p, tokens, token, row)));
                 } else if (live) {
@@ -567,6 +747,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                     gate = to_float(X{}, read_global<uint16_t>(both));
                     value = to_float(X{}, read_global<uint16_t>(both + 2 * p.rows));
                 }
+                turn ^= 1;
                 if (!live) continue;
                 value *= scale;
                 if (p.to == To::partial) {
@@ -582,6 +763,7 @@ __global__ void __launch_bounds__(kThreads, kTokens <= 8 ? 2 : 1) decode_kernel(
                 }
                 write_global(y, round(X{}, value));
             }
+        }
     }
 }
 
@@ -616,9 +798,9 @@ Product product_of(const Matrix& m) {
     if (m.type == Number::i4) p.group_shift = log2_of(m.group), p.groups = int(ceil_divide(m.cols, m.group));
     uint64_t all = reinterpret_cast<uintptr_t>(m.data) | uint64_t(m.stride) | uint64_t(p.row_bytes);
     p.step = all % 16 == 0 ? 16 : all % 8 == 0 ? 8 : all % 4 == 0 ? 4 : all % 2 == 0 ? 2 : 1;
-    // Chunks are shorter where otherwise not every warp would have one.
+    // Chunks are shorter where otherwise half of the warps would have none.
     p.chunk_shift = log2_of(plain(m.type) ? kColumns<Number::bf16> : kColumns<Number::i8>);
-    while (p.chunk_shift > (plain(m.type) ? 5 : 6) && (m.cols >> p.chunk_shift) < kWarps) --p.chunk_shift;
+    while (p.chunk_shift > (plain(m.type) ? 5 : 6) && (m.cols >> p.chunk_shift) < kWarps / 2) --p.chunk_shift;
     p.chunk_bytes_shift = p.chunk_shift + (plain(m.type) ? 1 : m.type == Number::i8 ? 0 : -1);
     p.chunks = int(ceil_divide(m.cols, int64_t(1) << p.chunk_shift));
     p.splits = 1, p.span = p.chunks;
@@ -652,10 +834,8 @@ int choose_splits(const Product* products, int count, int blocks, int64_t tokens
 
 int kernel_tokens(int64_t tokens) { return tokens <= 1 ? 1 : tokens <= 8 ? 8 : 16; }
 
-// Of a warp's chunks of a second factor.
-int input_bytes(const Product& p, int64_t tokens) {
-    return int(ceil_divide(p.chunks, kWarps) * tokens * ((2 << p.chunk_shift) + 64));
-}
+// Of a product that has them made, in shared memory.
+int input_bytes(const Product& p, int64_t tokens) { return int(tokens * input_pitch(p.cols)); }
 
 // A job that is being made. Stages and products are as they run; memory is counted, and laid out if there is some.
 struct Builder {
@@ -663,9 +843,12 @@ struct Builder {
     const Device& device;
     const Choices& choices;
     unsigned char* memory;
+    const int blocks;          // that run at once
+    const size_t block_bytes;  // of shared memory
     Job job{};
     int products = 0, stages = 0;
     size_t used = 0;
+    bool apart = false;  // whether sums of splits have a stage of their own
 
     unsigned char* take(int64_t bytes) {
         unsigned char* at = memory ? memory + used : nullptr;
@@ -693,8 +876,7 @@ struct Builder {
             return;
         }
         int splits = choices.splits ? choices.splits
-                                    : choose_splits(job.products + first, products - first, device.multiprocessors,
-                                                    problem.tokens);
+                                    : choose_splits(job.products + first, products - first, blocks, problem.tokens);
         for (int i = 0; i < count; ++i) {
             if (layers[i].form == Form::dense) continue;
             Product& p = job.products[at[i]];
@@ -708,7 +890,7 @@ struct Builder {
         int extra = -1;
         for (int i = 0; i < count; ++i) {
             if (layers[i].form == Form::dense || fits(product_of(layers[i].second))) continue;
-            if (extra < 0) extra = open_stage();
+            if (extra < 0) extra = open_stage(), apart = true;
             Product z = inputs[i];
             z.from = From::sums, z.to = To::y, z.type = problem.activation, z.s = layers[i].s, z.splits = 1;
             z.rows = int(layers[i].first.rows);
@@ -722,8 +904,8 @@ struct Builder {
 
     // Whether a second factor's inputs leave room for two slots in a block's memory.
     bool fits(const Product& p) const {
-        size_t bytes = inputs_at(kernel_tokens(problem.tokens)) + size_t(kWarps) * input_bytes(p, problem.tokens);
-        return bytes + size_t(kWarps) * 2 * kRows * kPitch <= device.shared_bytes;
+        size_t bytes = inputs_at(kernel_tokens(problem.tokens)) + size_t(input_bytes(p, problem.tokens));
+        return bytes + size_t(kWarps) * 2 * kRows * kPitch <= block_bytes;
     }
 
     void set_x(Product& p, const void* x, int64_t x_stride) {
@@ -758,7 +940,10 @@ struct Builder {
             Product& p = job.products[s.first + i];
             p.tasks = int(ceil_divide(p.rows, kRows) * p.splits);
             // What a task takes besides its weights, about: its sums, and the barrier behind them.
-            p.cost = uint32_t(kRows * p.row_bytes / p.splits / 64 + 16);
+            // One without weights waits for memory as long as several of them do that a block has at a time.
+            const int several = batch_of(kernel_tokens(problem.tokens));
+            const int alone = several > 2 ? 64 : 256;
+            p.cost = uint32_t(p.from == From::weights ? kRows * p.row_bytes / p.splits / 64 + 16 : alone);
         }
         if (s.parts == 2) s.count = 1, job.products[s.first].cost += job.products[s.first + 1].cost;
         for (int i = 0; i < s.count; ++i) {
@@ -814,11 +999,25 @@ Status check(const Problem& problem, const Device& device, const Choices& choice
     return Status::ok;
 }
 
-// The job, whose memory is at `memory` (null: it is counted only).
-Status build(const Problem& problem, const Device& device, const Choices& choices, void* memory, Job* job,
-             Schedule* schedule) {
-    if (Status status = check(problem, device, choices); status != Status::ok) return status;
-    Builder builder{problem, device, choices, static_cast<unsigned char*>(memory)};
+// As many slots as `shared` bytes have room for; 0 if not even two.
+int slots_in(const Job& job, const Choices& choices, size_t shared) {
+    size_t fixed = inputs_at(kernel_tokens(job.tokens)) + size_t(job.input_bytes);
+    size_t ring = size_t(kWarps) * job.slot_bytes;
+    size_t slots = shared < fixed ? 0 : (shared - fixed) / ring;
+    if (slots > size_t(kMostSlots)) slots = kMostSlots;
+    if (choices.slots && size_t(choices.slots) < slots) slots = size_t(choices.slots);
+    return slots < 2 ? 0 : int(slots);
+}
+
+// The job, whose memory is at `memory` (null: it is counted only), with `resident` blocks on each multiprocessor.
+// False if they have too little memory for that.
+bool build_for(int resident, const Problem& problem, const Device& device, const Choices& choices, void* memory,
+               Job* job, Schedule* schedule) {
+    // A block takes 1 KiB besides its own memory, and one may have what is left of all of it by one block's KiB.
+    constexpr size_t kReserved = 1024;
+    const size_t block_bytes = (device.shared_bytes + kReserved) / resident / 128 * 128 - kReserved;
+    Builder builder{problem, device, choices, static_cast<unsigned char*>(memory), resident * device.multiprocessors,
+                    resident == 1 ? device.shared_bytes : block_bytes};
     const Layer* layers = problem.layers;
     const int siblings = problem.mode == Mode::gated_mlp ? 2 : problem.count;
     const int64_t tokens = problem.tokens, middle = outputs_of(layers[0]);
@@ -869,15 +1068,25 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
 
     Job& made = builder.job;
     made.begin = 0, made.end = builder.stages, made.tokens = int(tokens);
-    made.bulk = choices.copies == Copies::bulk;
+    made.bulk = choices.copies == Copies::bulk, made.block_bytes = int(builder.block_bytes);
     int64_t most_tasks = 0;
     for (int i = 0; i < builder.products; ++i) {
         const Product& p = made.products[i];
         if (p.from != From::weights) continue;
         made.slot_bytes = made.slot_bytes > kRows * kPitchOf4 || p.type != Number::i4 ? kRows * kPitch
                                                                                      : kRows * kPitchOf4;
-        int bytes = p.in_splits ? input_bytes(p, tokens) : 0;  // `in` is null where memory is only counted
-        if (bytes > made.input_bytes) made.input_bytes = bytes;
+    }
+    // Activations as they are come to shared memory too, where that is a small part of it and leaves two slots.
+    const size_t slots = inputs_at(kernel_tokens(tokens)) + size_t(2) * kWarps * made.slot_bytes;
+    const size_t room = builder.block_bytes < slots ? 0 : builder.block_bytes - slots;
+    for (int i = 0; i < builder.products; ++i) {
+        Product& p = made.products[i];
+        const size_t bytes = size_t(tokens) * input_pitch(p.cols);
+        if (p.from != From::weights || (!p.in_splits && (bytes > room || bytes > builder.block_bytes / 3))) continue;
+        if (bytes > size_t(made.input_bytes)) made.input_bytes = int(bytes);
+        // Where memory is only counted addresses are null: what is equal then is never run.
+        for (int j = 0; j <= i && !p.made; ++j)
+            if (made.products[j].in == p.in && made.products[j].x == p.x) p.made = j + 1;
     }
     for (int i = 0; i < builder.stages; ++i) {
         int64_t tasks = 0;
@@ -885,26 +1094,28 @@ Status build(const Problem& problem, const Device& device, const Choices& choice
         if (tasks > most_tasks) most_tasks = tasks;
     }
     schedule->stages = builder.stages;
-    schedule->blocks = int(most_tasks < device.multiprocessors ? most_tasks : device.multiprocessors);
+    schedule->blocks = int(most_tasks < builder.blocks ? most_tasks : builder.blocks);
     for (int i = 0; i < builder.stages; ++i)
         made.stages[i].share = uint32_t(ceil_divide(made.stages[i].cost, schedule->blocks));
     *job = made;
     schedule->splits = made.products[0].splits;
     schedule->workspace_bytes = builder.used;
+    return !builder.apart && slots_in(made, Choices(), builder.block_bytes);
+}
+
+// Two blocks on each multiprocessor, of which one is at work while the other waits; of many tokens, whose kernels take
+// too many registers for that, or where two blocks have no memory for two slots each besides what is between the
+// products, one.
+Status build(const Problem& problem, const Device& device, const Choices& choices, void* memory, Job* job,
+             Schedule* schedule) {
+    if (Status status = check(problem, device, choices); status != Status::ok) return status;
+    if (kernel_tokens(problem.tokens) > 8 || !build_for(2, problem, device, choices, memory, job, schedule))
+        build_for(1, problem, device, choices, memory, job, schedule);
     return Status::ok;
 }
 
-// As many slots as `shared` bytes have room for; 0 if not even two.
-int slots_in(const Job& job, const Choices& choices, size_t shared) {
-    size_t fixed = inputs_at(kernel_tokens(job.tokens)) + size_t(kWarps) * job.input_bytes;
-    size_t ring = size_t(kWarps) * job.slot_bytes;
-    size_t slots = shared < fixed ? 0 : (shared - fixed) / ring;
-    if (slots > size_t(kMostSlots)) slots = kMostSlots;
-    if (choices.slots && size_t(choices.slots) < slots) slots = size_t(choices.slots);
-    return slots < 2 ? 0 : int(slots);
-}
 size_t shared_of(const Job& job) {
-    return inputs_at(kernel_tokens(job.tokens)) + size_t(kWarps) * (job.input_bytes + job.slots * job.slot_bytes);
+    return inputs_at(kernel_tokens(job.tokens)) + size_t(job.input_bytes) + size_t(kWarps) * job.slots * job.slot_bytes;
 }
 
 using Kernel = void (*)(Job);
@@ -955,7 +1166,7 @@ Status schedule(const Problem& problem, const Device& device, const Choices& cho
     Job job;
     Status status = build(problem, device, choices, nullptr, &job, result);
     if (status != Status::ok) return status;
-    job.slots = result->slots = slots_in(job, choices, device.shared_bytes);
+    job.slots = result->slots = slots_in(job, choices, size_t(job.block_bytes));
     result->shared_bytes = shared_of(job);
     return job.slots ? Status::ok : Status::unsupported;
 }
@@ -980,7 +1191,7 @@ Status decode(const Problem& problem, const Device& device, void* workspace, siz
     const Kernel kernel = kernel_of(problem.activation, problem.tokens);
     const auto on = static_cast<Stream>(stream);
     if (choices.launch != Launch::dependent || plan.stages == 1) {
-        job.slots = slots_in(job, choices, device.shared_bytes);
+        job.slots = slots_in(job, choices, size_t(job.block_bytes));
         if (!job.slots) return Status::unsupported;
         Launched done = launch(kernel, job, plan.blocks, kThreads, shared_of(job), device.shared_bytes,
                                plan.stages > 1, false, on);
@@ -988,8 +1199,10 @@ Status decode(const Problem& problem, const Device& device, void* workspace, siz
         if (done == Launched::failed || choices.launch == Launch::cooperative) return Status::failed;
     }
     // Half of the memory for each launch where they overlap: the next one's blocks find room while this one's still run.
-    job.slots = slots_in(job, choices, device.shared_bytes / (device.dependent ? 2 : 1));
-    if (!job.slots) job.slots = slots_in(job, choices, device.shared_bytes);
+    // Where two blocks fill a multiprocessor, the next launch's find it when the first of them is done.
+    const bool whole = size_t(job.block_bytes) == device.shared_bytes;
+    job.slots = slots_in(job, choices, size_t(job.block_bytes) / (device.dependent && whole ? 2 : 1));
+    if (!job.slots) job.slots = slots_in(job, choices, size_t(job.block_bytes));
     if (!job.slots) return Status::unsupported;
     for (int stage = 0; stage < plan.stages; ++stage) {
         job.begin = stage, job.end = stage + 1;

@@ -29,6 +29,15 @@ __device__ __forceinline__ uint16_t round(Bf16, float value) {
 }
 __device__ __forceinline__ uint16_t round(F16, float value) { return __half_as_ushort(__float2half_rn(value)); }
 
+// word & mask, then | or ^ bits: one instruction, which the compiler makes two of where both are constants.
+__device__ __forceinline__ uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(word) : "r"(word), "r"(mask), "r"(bits));
+    return word;
+}
+__device__ __forceinline__ uint32_t and_xor(uint32_t word, uint32_t mask, uint32_t bits) {
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(word) : "r"(word), "r"(mask), "r"(bits));
+    return word;
+}
 // a - b of two numbers each.
 __device__ __forceinline__ uint32_t subtract(Bf16, uint32_t a, uint32_t b) {
     __nv_bfloat162 x, y;
@@ -85,6 +94,11 @@ __device__ __forceinline__ T read_global(const void* from) {
 template <class T>
 __device__ __forceinline__ void write_global(void* to, T value) {
     *static_cast<T*>(to) = value;
+}
+
+// So that it is in the second-level cache when it is read; where there is none of it, nothing happens.
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 // ---- copies to shared memory, and the mbarriers that tell when they are there

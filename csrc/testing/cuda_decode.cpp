@@ -170,7 +170,7 @@ struct Case {
         Number type;
         int64_t group;
         bool zeros, s, bias;
-    } layers[3];
+    } layers[4];
     int count;
 };
 
@@ -392,15 +392,22 @@ int main(int count, char**) {
     // A device with memory for two slots and no inputs, so that a stage of its own makes them.
     const auto tight = [&](int64_t tokens) {
         Device device = gpu;
-        device.shared_bytes = 1152 + 1280 * (tokens == 1 ? 1 : tokens <= 8 ? 8 : 16) + (80 << 10);
+        device.shared_bytes = 1280 + 1280 * (tokens == 1 ? 8 : 16) + (80 << 10);
         return device;
     };
     for (Number x : {Number::bf16, Number::f16}) {
         if (quick && x == Number::f16) break;
         const Case cases[] = {
             {x, Mode::concatenate, 200, {{kFactors, 50, 24, x, 0, false, true, true}}, 1},
+            {x, Mode::concatenate, 200, {{kFactors, 300, 97, x, 0, false, false, true}}, 1},
             {x, Mode::concatenate, 33, {{kFactors, 17, 5, x, 0, false, false, true}}, 1},
             {x, Mode::concatenate, 1, {{kFactors, 1, 1, x, 0, false, true, false}}, 1},
+            {x, Mode::concatenate, 72,
+             {{kFactors, 48, 16, x, 0, false, false, false},
+              {kFactors, 48, 16, x, 0, false, true, false},
+              {kFactors, 48, 16, x, 0, false, false, true},
+              {kFactors, 48, 16, x, 0, false, false, false}}, 4},
+            {x, Mode::concatenate, 64, {{kDense, 400, 0, x, 0, false, false, true}}, 1},
             {x, Mode::concatenate, 130, {{kPivoted, 49, 22, x, 0, false, false, true}}, 1},
             {x, Mode::concatenate, 150, {{kFactors, 33, 40, kI8, 0, false, true, true}}, 1},
             {x, Mode::concatenate, 272, {{kFactors, 20, 70, kI4, 64, true, true, true}}, 1},

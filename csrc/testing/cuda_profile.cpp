@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -103,6 +104,16 @@ public:
         return m;
     }
 
+    // Where a pivoted layer's outputs go: a permutation, of which neither part is in order.
+    static void* places(int64_t out) {
+        std::vector<int32_t> place(out);
+        for (int64_t i = 0; i < out; ++i) place[i] = int32_t(i * 5 % out);
+        if (out % 5 == 0) std::printf("not a permutation\n"), std::exit(1);
+        void* at = allocate(4 * out);
+        expect(cudaMemcpy(at, place.data(), 4 * out, cudaMemcpyHostToDevice));
+        return at;
+    }
+
     // `copies` of a group's weights; with none, as many as are `least` bytes together.
     void make(const Group& group, Number type, int64_t tokens, const Device& device, size_t least, int copies = 0) {
         size_t of_one = 0;
@@ -110,11 +121,18 @@ public:
             bytes = 0;
             std::vector<Layer> some;
             for (const Shape& shape : group.shapes) {
-                int64_t rank = std::max<int64_t>(16, shape.out * shape.in / 2 / (shape.out + shape.in) / 64 * 64);
+                const double both = double(shape.out + shape.in), half = double(shape.out) * double(shape.in) / 2;
+                const bool pivoted = group.form == Form::pivoted;
+                const double most = pivoted ? (both - std::sqrt(both * both - 4 * half)) / 2 : half / both;
+                int64_t rank = std::max<int64_t>(16, int64_t(most) / 64 * 64);
                 Layer layer{};
                 layer.form = group.form;
                 layer.first = matrix(type, group.form == Form::dense ? shape.out : rank, shape.in);
                 if (group.form == Form::factors) layer.second = matrix(type, shape.out, rank);
+                if (group.form == Form::pivoted) {
+                    layer.second = matrix(type, shape.out - rank, rank);
+                    layer.place = static_cast<const int32_t*>(keep(places(shape.out)));
+                }
                 some.push_back(layer);
             }
             layers.push_back(some), of_one = bytes;
@@ -192,6 +210,7 @@ int main(int count, char**) {
     const Numbers numbers;
     const Group groups[] = {
         {"o", Mode::concatenate, Form::factors, {{4096, 4096}}},
+        {"o, pivoted", Mode::concatenate, Form::pivoted, {{4096, 4096}}},
         {"q/k/v", Mode::concatenate, Form::factors, {{4096, 4096}, {1024, 4096}, {1024, 4096}}},
         {"gate/up", Mode::swiglu, Form::factors, {{14336, 4096}, {14336, 4096}}},
         {"MLP", Mode::gated_mlp, Form::factors, {{14336, 4096}, {14336, 4096}, {4096, 14336}}},

@@ -603,6 +603,8 @@ inline uint16_t round(F16, float value) {
     numbers::from_float(&to, value);
     return to.bits;
 }
+inline uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
+inline uint32_t and_xor(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) ^ bits; }
 template <class X>
 uint32_t subtract(X, uint32_t a, uint32_t b) {
     uint32_t low = round(X{}, to_float(X{}, uint16_t(a)) - to_float(X{}, uint16_t(b)));
@@ -649,6 +651,11 @@ void write_global(void* to, T value) {
     shim::note_global(*array, to, sizeof(T), true);
     array->stored += sizeof(T);
     std::memcpy(to, &value, sizeof(T));
+}
+
+inline void prefetch(const void* from) {
+    shim::Array* array;
+    shim::within_global(from, 1, 1, "a prefetch", array);
 }
 
 inline void barrier_init(uint64_t* at, uint32_t count) {
