@@ -316,11 +316,12 @@ def test_compiled_forward_and_backward():
 def test_auto_takes_the_kernels_on_a_gpu_alone():
     problem = on_device(make_problem())
     expected = triton if DEVICE.type == "cuda" else op.BACKENDS["native" if extension.available() else "reference"]
-    assert common.choose_backend("operator", "auto", op.BACKENDS, problem.x, gpu=True) is expected
+    x = problem.x.bfloat16()
+    assert common.choose_backend("operator", "auto", op.BACKENDS, x, gpu=op.MEASURED) is expected
     assert common.choose_backend("operator", "auto", op.BACKENDS, problem.x) is not triton  # not measured to be faster
     assert common.choose_backend("operator", "triton", op.BACKENDS, problem.x) is triton
     wide = problem.x.double()
-    assert common.choose_backend("operator", "auto", op.BACKENDS, wide, gpu=True) is not triton
+    assert common.choose_backend("operator", "auto", op.BACKENDS, wide, gpu=op.MEASURED) is not triton
 
 
 def test_a_tensor_that_the_kernels_do_not_take(monkeypatch):

@@ -39,18 +39,17 @@ def choose_backend(
     available: Mapping[str, Callable],
     x: Tensor | None = None,
     dtypes: tuple[torch.dtype, ...] = extension.DTYPES,
-    gpu: bool = False,
+    gpu: tuple[torch.dtype, ...] = (),
 ):
     """The implementation that `backend` names; only "auto" may choose.
 
-    "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; with
-    `gpu`, Triton's for an `x` on a GPU; else the reference. gpu: whether a measurement has shown that those win
-    whatever the shape (`docs/gpu.md`); where it depends on that, `acip tune` measures, and otherwise they are to be
-    asked for.
+    "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; Triton's
+    for an `x` on a GPU in one of `gpu`; else the reference. gpu: in what a measurement has shown that those win whatever
+    the shape (`docs/gpu.md`); where it depends on that, `acip tune` measures, and otherwise they are to be asked for.
     Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
     """
     if backend == "auto":
-        if gpu and x is not None and "triton" in available and x.is_cuda and takes_triton(x):
+        if x is not None and x.is_cuda and x.dtype in gpu and "triton" in available:
             return available["triton"]
         native = "native" in available and (x is None or extension.takes(x, dtypes))
         return available["native" if native else "reference"]
