@@ -44,8 +44,9 @@ def choose_backend(
     """The implementation that `backend` names; only "auto" may choose.
 
     "auto" takes the native kernels where they are built and `x`, if given, is on the CPU in one of `dtypes`; Triton's
-    for an `x` on a GPU in one of `gpu`; else the reference. gpu: in what a measurement has shown that those win whatever
-    the shape (`docs/gpu.md`); where it depends on that, `acip tune` measures, and otherwise they are to be asked for.
+    for an `x` on a GPU in one of `gpu`; else the reference. gpu: in what a measurement has shown that those win
+    whatever the shape (`docs/gpu.md`); where it depends on that, `acip tune` measures, and otherwise they are to be
+    asked for.
     Raises `ValueError` for a name that does not exist and `RuntimeError` for one that cannot run here.
     """
     if backend == "auto":
