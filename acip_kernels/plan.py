@@ -254,6 +254,11 @@ class Device:
     target: str
     fp8: bool = False
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 64 if self.target.startswith("gfx") else 32
+
 
 # NVIDIA: "A100 Tensor Core GPU Architecture" and "H100 Tensor Core GPU Architecture" (SXM parts), the datasheets of
 # H200 and L40S, and the "Ada GPU Architecture" paper (RTX 4090; tensor rates with float32 sums); shared memory and
@@ -345,12 +350,18 @@ def why_not(config: DecodeConfig, device: Device, tokens: int, weights: tuple[We
     packed = any(kind in _INT4 for _, _, kind, _ in weights)
     if packed and tokens > 1 and config.k != 64:
         return "of several tokens int4 is read 64 columns at a time"
-    threads = 32 * config.warps
+    threads = device.lanes * config.warps
     if threads > 1024:
-        return "a program has up to 32 warps"
+        return "a program has up to 1024 threads"
     elements = config.rows * config.k / (2 if packed else 1) / threads
-    if elements > 64:
-        return "a tile of more than 64 elements a thread does not stay in registers"
+    # More than this was seen to spill, ahead of time; on AMD a thread of eight warps has half as many registers.
+    amd = device.lanes == 64
+    if elements > (32 if amd else 64):
+        return "a tile of so many elements a thread does not stay in registers"
+    # Split sums are float32, and all of a tile's inputs are there at once.
+    inputs = 16 * config.k / threads
+    if tokens > 1 and not packed and (elements + inputs > 80 or (amd and inputs > 8)):
+        return "a tile and its inputs of several tokens do not stay in registers"
     # Of two bytes, or of one: what float32 is has twice as much.
     if elements * (2 if any(kind == 0 for _, _, kind, _ in weights) else 1) < (1 if packed else 16):
         return "a thread would read less than 16 bytes at a time"
@@ -400,7 +411,7 @@ def decode_seconds(
     """
     total = sum(rows * cols * _BITS.get(kind, 8 * itemsize) / 8 for rows, cols, kind, _ in weights)
     packed = any(kind in _INT4 for _, _, kind, _ in weights)
-    threads = 32 * config.warps
+    threads = device.lanes * config.warps
     elements = config.rows * config.k / (2 if packed else 1) / threads
     # As ptxas gives them out; a thread holds a tile's weights, inputs and sums.
     registers = min(255, (28 if split else 44) + 2.4 * elements * (1.2 if packed else 1) * max(1, itemsize / 2))
@@ -663,7 +674,7 @@ class ProductConfig:
         # bytes on sm_80 and sm_90; in float32, where the threads multiply by themselves, both passes do with 32. AMD's
         # waves multiply 32 × 32 at a time: of more than two, those without such a tile of their own hold others' again.
         amd = device.target.startswith("gfx")
-        threads, fewest = (64 if amd else 32) * self.num_warps, 4 if not amd else 8 if self.num_warps > 2 else 2
+        threads, fewest = device.lanes * self.num_warps, 4 if not amd else 8 if self.num_warps > 2 else 2
         sums, most = self.block_tokens * self.block_columns // threads, 64 if product.itemsize == 2 else 16
         if not fewest <= sums <= most:
             return f"a thread adds up {fewest} to {most} sums, not {sums}"

@@ -195,7 +195,7 @@ def test_the_model_is_no_faster_than_memory_and_launches():
         (DecodeConfig(rows=12), 1, 0, False, "powers of two"),
         (DecodeConfig(rows=8), 4, 0, False, "tensor cores"),
         (DecodeConfig(k=128), 4, 3, False, "int4 is read 64 columns"),
-        (DecodeConfig(warps=64), 1, 0, False, "up to 32 warps"),
+        (DecodeConfig(warps=64), 1, 0, False, "up to 1024 threads"),
         (DecodeConfig(rows=128, k=512), 1, 0, False, "does not stay in registers"),
         (DecodeConfig(rows=4, warps=8), 1, 0, False, "less than 16 bytes"),
         (DecodeConfig(splits=2), 1, 0, False, "only first factors"),
