@@ -33,9 +33,9 @@ inline void from_float(float* to, float value) { *to = value; }
 inline void from_float(double* to, double value) { *to = value; }
 inline void from_float(bf16* to, float value) {
     uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    // To the nearest, ties to even; a NaN stays one (rounding could carry it into infinity).
+    // To the nearest, ties to even; a NaN stays one (rounding could carry it into infinity), torch's.
     uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to->bits = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? ((bits >> 16) | 0x40u) : rounded);
+    to->bits = uint16_t(value != value ? 0x7fc0u : rounded);
 }
 inline void from_float(f16* to, float value) {
 #if defined(__F16C__)
@@ -58,11 +58,12 @@ inline void from_float(f16* to, float value) {
 #endif
 }
 
-// e^x for x ≤ 0, to 2 units in the last place: x = n ln 2 + r with |r| ≤ ln 2 / 2, a polynomial for e^r (its Taylor
-// series to the seventh power, whose remainder is below 2e-9), and n added to the exponent.
+// e^x for x ≤ 88, to 2 units in the last place, and e^-87 for what is below that: x = n ln 2 + r with |r| ≤ ln 2 / 2, a
+// polynomial for e^r (its Taylor series to the seventh power, whose remainder is below 2e-9), and n added to the exponent.
+// Numbers from 2^23 on have no fraction: that rounds n, and leaves it in the lowest bits, with any instruction set.
 inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x;
-    float n = std::nearbyint(x * 1.44269504f);
+    float shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
@@ -72,7 +73,7 @@ inline float exponential(float x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    int32_t power = (int32_t(n) + 127) << 23;
+    uint32_t power = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
     return p * __builtin_bit_cast(float, power);
 }
 inline double exponential(double x) { return std::exp(x); }
