@@ -3,6 +3,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -194,6 +195,92 @@ void softmax_gradient_(Tensor dp, const Tensor& p, int64_t block, double scale) 
                          chosen->softmax_gradient(dtype, dp.mutable_data_ptr(), p.const_data_ptr(), keys, keys, block,
                                                   scale, begin, end);
                      });
+}
+
+// ---- norms and gated activations: composite operators, whose gradient is a node of torch's own engine
+
+using torch::autograd::AutogradContext;
+
+// A node whose backward pass torch cannot differentiate again must not be asked for that in silence.
+void refuse_second_derivative(const char* name) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), name, " has no second derivative: create_graph must be False");
+}
+
+struct RmsNorm : torch::autograd::Function<RmsNorm> {
+    static constexpr const char* name = "acip::rms_norm";
+
+    static int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / 2 / std::max<int64_t>(width, 1)); }
+
+    static Tensor forward(AutogradContext* context, const Tensor& given, const Tensor& weight, double eps) {
+        auto dtype = dtype_of(given);
+        Tensor x = given.contiguous(), scales = weight.contiguous(), y = at::empty(x.sizes(), x.options());
+        int64_t width = x.size(-1), rows = c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+        Tensor rstd = at::empty({rows}, x.options().dtype(precise(x)));
+        at::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+            chosen->rms_norm(dtype, x.const_data_ptr(), width, scales.const_data_ptr(), eps, y.mutable_data_ptr(),
+                             rstd.mutable_data_ptr(), begin, end);
+        });
+        context->save_for_backward({x, scales, rstd});
+        return y;
+    }
+
+    static std::vector<Tensor> backward(AutogradContext* context, std::vector<Tensor> gradients) {
+        refuse_second_derivative(name);
+        auto saved = context->get_saved_variables();
+        const Tensor &x = saved[0], &weight = saved[1], &rstd = saved[2];
+        Tensor g = gradients[0].contiguous(), dx = at::empty(x.sizes(), x.options());
+        int64_t width = x.size(-1);
+        at::parallel_for(0, rstd.numel(), grain(width), [&](int64_t begin, int64_t end) {
+            chosen->rms_norm_gradient(dtype_of(x), g.const_data_ptr(), x.const_data_ptr(), width,
+                                      weight.const_data_ptr(), rstd.const_data_ptr(), dx.mutable_data_ptr(), begin, end);
+        });
+        return {dx, Tensor(), Tensor()};
+    }
+};
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+    TORCH_CHECK(x.device().is_cpu() && weight.device().is_cpu(), "rms_norm: tensors must be on the CPU");
+    TORCH_CHECK(weight.dim() == 1 && x.dim() >= 1 && x.size(-1) == weight.size(0) &&
+                    x.scalar_type() == weight.scalar_type(),
+                "rms_norm: weight must be [width] in x's dtype and x [..., width], got ", weight.toString(), " ",
+                weight.sizes(), " and ", x.toString(), " ", x.sizes());
+    TORCH_CHECK(!(weight.requires_grad() && at::GradMode::is_enabled()), "rms_norm: there is no gradient for weight");
+    return RmsNorm::apply(x, weight, eps);
+}
+
+struct GatedSilu : torch::autograd::Function<GatedSilu> {
+    static constexpr const char* name = "acip::gated_silu";
+
+    static Tensor forward(AutogradContext* context, const Tensor& given_gate, const Tensor& given_up) {
+        auto dtype = dtype_of(given_gate);
+        Tensor gate = given_gate.contiguous(), up = given_up.contiguous(), y = at::empty(gate.sizes(), gate.options());
+        at::parallel_for(0, gate.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+            chosen->gated_silu(dtype, gate.const_data_ptr(), up.const_data_ptr(), y.mutable_data_ptr(), begin, end);
+        });
+        context->save_for_backward({gate, up});
+        return y;
+    }
+
+    static std::vector<Tensor> backward(AutogradContext* context, std::vector<Tensor> gradients) {
+        refuse_second_derivative(name);
+        auto saved = context->get_saved_variables();
+        const Tensor &gate = saved[0], &up = saved[1];
+        Tensor g = gradients[0].contiguous();
+        Tensor dgate = at::empty(gate.sizes(), gate.options()), dup = at::empty(gate.sizes(), gate.options());
+        at::parallel_for(0, gate.numel(), kGrain / 4, [&](int64_t begin, int64_t end) {
+            chosen->gated_silu_gradient(dtype_of(gate), g.const_data_ptr(), gate.const_data_ptr(), up.const_data_ptr(),
+                                        dgate.mutable_data_ptr(), dup.mutable_data_ptr(), begin, end);
+        });
+        return {dgate, dup};
+    }
+};
+
+Tensor gated_silu(const Tensor& gate, const Tensor& up) {
+    TORCH_CHECK(gate.device().is_cpu() && up.device().is_cpu(), "gated_silu: tensors must be on the CPU");
+    TORCH_CHECK(gate.sizes() == up.sizes() && gate.scalar_type() == up.scalar_type(),
+                "gated_silu: gate and up must be alike, got ", gate.toString(), " ", gate.sizes(), " and ",
+                up.toString(), " ", up.sizes());
+    return GatedSilu::apply(gate, up);
 }
 
 // ---- layers of few tokens
@@ -655,6 +742,8 @@ TORCH_LIBRARY_FRAGMENT(acip, m) {
     m.def("soft_cross_entropy_(Tensor(a!) logits, Tensor teacher, Tensor labels, float weight) -> Tensor");
     m.def("causal_softmax_(Tensor(a!) scores, int block, float scale, Tensor? log_sums) -> Tensor");
     m.def("softmax_gradient_(Tensor(a!) dp, Tensor p, int block, float scale) -> ()");
+    m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm);
+    m.def("gated_silu(Tensor gate, Tensor up) -> Tensor", gated_silu);
     m.def("fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor");
 }
 

@@ -251,6 +251,75 @@ void softmax_gradient(T* dp, const T* p, int64_t ld, int64_t keys, int64_t block
     }
 }
 
+template <class T>
+void rms_norm(const T* x, int64_t width, const T* weight, double eps, T* y, wide<T>* rstd, int64_t begin, int64_t end) {
+    using W = wide<T>;
+    for (int64_t row = begin; row < end; ++row) {
+        const T* from = x + row * width;
+        T* to = y + row * width;
+        W squares = sum_of<W>(width, [&](int64_t i) { return to_float(from[i]) * to_float(from[i]); });
+        W scale = W(1) / std::sqrt(squares / W(width) + W(eps));
+        rstd[row] = scale;
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) {
+            T normalised;
+            from_float(&normalised, to_float(from[i]) * scale);
+            from_float(to + i, to_float(weight[i]) * to_float(normalised));
+        }
+    }
+}
+
+template <class T>
+void rms_norm_gradient(const T* g, const T* x, int64_t width, const T* weight, const wide<T>* rstd, T* dx,
+                       int64_t begin, int64_t end) {
+    using W = wide<T>;
+    for (int64_t row = begin; row < end; ++row) {
+        const T *up = g + row * width, *from = x + row * width;
+        T* to = dx + row * width;
+        W scale = rstd[row];
+        auto upstream = [&](int64_t i) { return to_float(up[i]) * to_float(weight[i]); };
+        auto normalised = [&](int64_t i) { return to_float(from[i]) * scale; };
+        W mean = sum_of<W>(width, [&](int64_t i) { return upstream(i) * normalised(i); }) / W(width);
+#pragma omp simd
+        for (int64_t i = 0; i < width; ++i) from_float(to + i, scale * (upstream(i) - normalised(i) * mean));
+    }
+}
+
+// The logistic function of x and of -x, neither of them by a difference that would cancel. What is below the smallest
+// normal number is zero: times an x of any size it must not become something. A NaN stays one.
+template <class W>
+struct Logistic {
+    W of, of_negative;
+    explicit Logistic(W x) {
+        constexpr W most = sizeof(W) == 4 ? 87 : 708;  // e^most and its inverse are normal numbers
+        W power = exponential(x < -most ? most : -x);
+        power = x > most ? W(0) : power;
+        W ratio = W(1) / (W(1) + power);
+        of = x < -most ? W(0) : ratio;
+        of_negative = power * ratio;
+    }
+};
+
+template <class T>
+void gated_silu(const T* gate, const T* up, T* y, int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) {
+        wide<T> x = to_float(gate[j]);
+        from_float(y + j, x * Logistic<wide<T>>(x).of * to_float(up[j]));
+    }
+}
+
+template <class T>
+void gated_silu_gradient(const T* g, const T* gate, const T* up, T* dgate, T* dup, int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t j = begin; j < end; ++j) {
+        wide<T> x = to_float(gate[j]), upstream = to_float(g[j]);
+        Logistic<wide<T>> logistic(x);
+        from_float(dgate + j, upstream * to_float(up[j]) * (logistic.of * (1 + x * logistic.of_negative)));
+        from_float(dup + j, upstream * (x * logistic.of));
+    }
+}
+
 // ---- by dtype
 
 #define ACIP_BY_DTYPE(CALL)   \
@@ -319,6 +388,30 @@ void softmax_gradient_of(Dtype dtype, void* dp, const void* p, int64_t ld, int64
                                    begin, end))
 }
 
+void rms_norm_of(Dtype dtype, const void* x, int64_t width, const void* weight, double eps, void* y, void* rstd,
+                 int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(rms_norm(static_cast<const T*>(x), width, static_cast<const T*>(weight), eps, static_cast<T*>(y),
+                           static_cast<wide<T>*>(rstd), begin, end))
+}
+
+void rms_norm_gradient_of(Dtype dtype, const void* g, const void* x, int64_t width, const void* weight,
+                          const void* rstd, void* dx, int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(rms_norm_gradient(static_cast<const T*>(g), static_cast<const T*>(x), width,
+                                    static_cast<const T*>(weight), static_cast<const wide<T>*>(rstd),
+                                    static_cast<T*>(dx), begin, end))
+}
+
+void gated_silu_of(Dtype dtype, const void* gate, const void* up, void* y, int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(gated_silu(static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(y), begin, end))
+}
+
+void gated_silu_gradient_of(Dtype dtype, const void* g, const void* gate, const void* up, void* dgate, void* dup,
+                            int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(gated_silu_gradient(static_cast<const T*>(g), static_cast<const T*>(gate),
+                                      static_cast<const T*>(up), static_cast<T*>(dgate), static_cast<T*>(dup), begin,
+                                      end))
+}
+
 #define ACIP_TEXT_OF(name) #name
 #define ACIP_TEXT(name) ACIP_TEXT_OF(name)
 
@@ -326,8 +419,9 @@ void softmax_gradient_of(Dtype dtype, void* dp, const void* p, int64_t ld, int64
 
 extern const Training training_table;
 const Training training_table = {
-    ACIP_TEXT(ACIP_ISA), scale_ranks_of,         mask_gradient_of,  dropout_of,
+    ACIP_TEXT(ACIP_ISA), scale_ranks_of,        mask_gradient_of,  dropout_of,
     cross_entropy_of,    soft_cross_entropy_of, causal_softmax_of, softmax_gradient_of,
+    rms_norm_of,         rms_norm_gradient_of,  gated_silu_of,     gated_silu_gradient_of,
 };
 
 }  // namespace ACIP_ISA

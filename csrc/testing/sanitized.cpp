@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "acip/decode.h"
@@ -252,6 +253,55 @@ void training(const Training& kernels, Dtype dtype, int64_t rows, int64_t cols) 
         check(total, 1, 1, Number::f32, cols + 40, "softmax");
         check(gradient, 0, 2, Number::f32, cols + 40, "softmax gradient");
     }
+
+    // A norm's rows have a mean square of one, however long x is: so dx is orthogonal to it.
+    auto ones = array(cols), rstd = array(rows), dx = array(rows * cols);
+    for (int64_t i = 0; i < cols; ++i) ones[i] = T(1);
+    for (auto [begin, end] : {std::pair(int64_t(0), rows / 2), std::pair(rows / 2, rows)}) {
+        kernels.rms_norm(dtype, z.get(), cols, ones.get(), 0, out.get(), rstd.get(), begin, end);
+        kernels.rms_norm_gradient(dtype, before.get(), z.get(), cols, ones.get(), rstd.get(), dx.get(), begin, end);
+    }
+    for (int64_t t = 0; t < rows; ++t) {
+        double squares = 0, along = 0, size = 0;
+        for (int64_t i = t * cols; i < (t + 1) * cols; ++i) {
+            squares += double(out[i]) * out[i], along += double(z[i]) * dx[i];
+            size += std::abs(double(z[i])) * rstd[t] * (std::abs(double(before[i])) + std::abs(double(out[i])) * cols);
+        }
+        check(squares, double(cols), double(cols), Number::f32, cols + 10, "norm");
+        check(along, 0, size, Number::f32, 3 * cols + 10, "norm gradient");
+    }
+    int64_t n = rows * cols;
+    auto dup = array(n);
+    for (int64_t i = 0; i < n; ++i) z[i] *= T(40);
+    kernels.gated_silu(dtype, z.get(), h.get(), out.get(), 0, n / 2);
+    kernels.gated_silu(dtype, z.get(), h.get(), out.get(), n / 2, n);
+    kernels.gated_silu_gradient(dtype, before.get(), z.get(), h.get(), dx.get(), dup.get(), 0, n / 2);
+    kernels.gated_silu_gradient(dtype, before.get(), z.get(), h.get(), dx.get(), dup.get(), n / 2, n);
+    for (int64_t i = 0; i < n; ++i) {
+        double x = z[i], g = before[i], up = h[i], part = 1 / (1 + std::exp(-x)), rest = 1 / (1 + std::exp(x));
+        check(out[i], x * part * up, std::abs(x * up), Number::f32, 10, "gated silu");
+        check(dx[i], g * up * part * (1 + x * rest), std::abs(g * up) * (1 + std::abs(x)), Number::f32, 25, "gate");
+        check(dup[i], g * x * part, std::abs(g * x), Number::f32, 10, "up");
+    }
+}
+
+// The same functions in two bytes: that they touch nothing else is the test.
+void training_in_half(const Training& kernels, int64_t rows, int64_t cols) {
+    Numbers x(Number::bf16, rows * cols), g(Number::bf16, rows * cols), y(Number::bf16, rows * cols);
+    Numbers weight(Number::bf16, cols), dx(Number::bf16, rows * cols), dup(Number::bf16, rows * cols);
+    x.fill(), g.fill(), weight.fill();
+    std::unique_ptr<float[]> rstd(new float[rows]);
+    int64_t n = rows * cols;
+    kernels.rms_norm(Dtype::bf16, x.bytes.get(), cols, weight.bytes.get(), 1e-6, y.bytes.get(), rstd.get(), 0, rows);
+    kernels.rms_norm_gradient(Dtype::bf16, g.bytes.get(), x.bytes.get(), cols, weight.bytes.get(), rstd.get(),
+                              dx.bytes.get(), 0, rows);
+    for (int64_t i = 0; i < n; ++i) {
+        double exact = x.get(i) * rstd[i / cols] * weight.get(i % cols);
+        check(y.get(i), exact, std::abs(exact), Number::bf16, cols, "norm in bfloat16");
+    }
+    kernels.gated_silu(Dtype::bf16, x.bytes.get(), g.bytes.get(), y.bytes.get(), 0, n);
+    kernels.gated_silu_gradient(Dtype::bf16, y.bytes.get(), x.bytes.get(), g.bytes.get(), dx.bytes.get(),
+                                dup.bytes.get(), 0, n);
 }
 
 }  // namespace
@@ -283,6 +333,7 @@ int main() {
             for (int64_t cols : {1, 13, 64, 131}) {
                 training<float>(*acip::training(isa), Dtype::f32, rows, cols);
                 training<double>(*acip::training(isa), Dtype::f64, rows, cols);
+                training_in_half(*acip::training(isa), rows, cols);
             }
         std::printf("%s: %d mistakes\n", isa, mistakes);
     }

@@ -51,6 +51,22 @@ struct Training {
     // Its gradient, in place: dp[r, j] becomes scale · p[r, j] · (dp[r, j] - Σ_j p[r, j] dp[r, j]).
     void (*softmax_gradient)(Dtype dtype, void* dp, const void* p, int64_t ld, int64_t keys, int64_t block,
                              double scale, int64_t begin, int64_t end);
+
+    // Rows [begin, end) of x and y [rows, width]: rstd[row] = 1 / √(mean of x² + eps), which is written (float32, float64
+    // for f64), and y = weight · (x · rstd), both products rounded to `dtype`, as transformers has it.
+    void (*rms_norm)(Dtype dtype, const void* x, int64_t width, const void* weight, double eps, void* y, void* rstd,
+                     int64_t begin, int64_t end);
+
+    // Its gradient: with n = x · rstd and h = weight · g, dx = rstd · (h - n · mean of n h), rounded once.
+    void (*rms_norm_gradient)(Dtype dtype, const void* g, const void* x, int64_t width, const void* weight,
+                              const void* rstd, void* dx, int64_t begin, int64_t end);
+
+    // y = gate · σ(gate) · up, σ the logistic function, rounded once. Elements [begin, end).
+    void (*gated_silu)(Dtype dtype, const void* gate, const void* up, void* y, int64_t begin, int64_t end);
+
+    // Its gradients: dgate = g · up · σ(gate) · (1 + gate · σ(-gate)) and dup = g · gate · σ(gate).
+    void (*gated_silu_gradient)(Dtype dtype, const void* g, const void* gate, const void* up, void* dgate, void* dup,
+                                int64_t begin, int64_t end);
 };
 
 // By name ("portable", "avx2", "avx512", "avx512_bf16"), or null for the best one that this processor runs.
