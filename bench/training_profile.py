@@ -29,7 +29,10 @@ KINDS = {
     "optimizer and norm": ("aten::_fused_adamw", "aten::_foreach_norm", "Optimizer"),
     "norms, rotations, activations, residuals": (
         "aten::mul", "aten::add", "aten::silu", "aten::pow", "aten::mean", "aten::rsqrt", "aten::cat", "aten::neg",
-        "aten::sum", "aten::sub", "aten::div", "aten::embedding",
+        "aten::sum", "aten::sub", "aten::div", "aten::embedding", "acip::rms_norm", "acip::gated_silu",
+        # Their backward passes, which are nodes of the engine and no operators.
+        "torch::autograd::CppNode<(anonymous namespace)::RmsNorm>",
+        "torch::autograd::CppNode<(anonymous namespace)::GatedSilu>",
     ),
     "copies and fills": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::clone", "aten::contiguous"),
 }  # fmt: skip

@@ -7,7 +7,7 @@ import toys
 from operators import DTYPES, assert_within, error_bound, precise
 
 from acip_kernels import CompressionConfig, compress
-from acip_kernels.models import attention
+from acip_kernels.models import training
 from acip_kernels.ops import common, extension
 from acip_kernels.ops.causal_attention import reference
 from acip_kernels.ops.causal_attention.op import causal_attention, queries_at_a_time
@@ -140,22 +140,22 @@ def test_a_model_trains_with_it_as_with_its_own(make):
         return float(loss.detach()), [p.grad.clone() for p in model.parameters()]
 
     loss, gradients = loss_and_gradients()
-    name = attention.use(model)
-    assert name == "sdpa" and model.config._attn_implementation == attention.NAME
+    name = training.use(model)
+    assert name == "sdpa" and model.config._attn_implementation == training.NAME
     other_loss, others = loss_and_gradients()
     bound = toys.TERMS * torch.finfo(torch.float32).eps
     assert other_loss == pytest.approx(loss, rel=bound)
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     assert all(float((a - b).abs().max()) <= 4 * bound * largest for a, b in zip(gradients, others))
-    attention.restore(model, name)
+    training.restore(model, name)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_padding_sliding_windows_and_generation_take_torchs_attention(monkeypatch):
     calls = []
-    monkeypatch.setattr(attention, "causal_attention", lambda *a: calls.append(a) or causal_attention(*a))
+    monkeypatch.setattr(training, "causal_attention", lambda *a: calls.append(a) or causal_attention(*a))
     model = toys.llama()
-    attention.use(model)
+    training.use(model)
     ids = toys.token_ids()
     padded = torch.ones_like(ids)
     padded[0, :3] = 0
@@ -177,6 +177,6 @@ def test_a_run_gives_the_model_its_own_attention_back():
         progress=False,
         on_step=lambda row: seen.append(model.config._attn_implementation),
     )
-    assert set(seen) == {attention.NAME if common.multiplies_natively(model.dtype) else "sdpa"}
+    assert set(seen) == {training.NAME if common.multiplies_natively(model.dtype) else "sdpa"}
     assert model.config._attn_implementation == "sdpa"
-    assert model.config.to_dict().get("_attn_implementation") != attention.NAME
+    assert model.config.to_dict().get("_attn_implementation") != training.NAME

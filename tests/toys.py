@@ -12,6 +12,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from acip_kernels import CompressionResult, factorize
@@ -45,6 +47,12 @@ def qwen2(seed=0, **changes):
     """Biases in q, k and v, and one matrix for embedding and head."""
     torch.manual_seed(seed)
     return _with_biases(Qwen2ForCausalLM(Qwen2Config(**SIZES | {"tie_word_embeddings": True} | changes)))
+
+
+def qwen3(seed=0, **changes):
+    """Norms of every head's query and key."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES | changes)).eval()
 
 
 def gpt2(seed=0, **changes):

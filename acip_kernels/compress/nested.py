@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..models import attention, quantizer
+from ..models import quantizer, training
 from ..models.distill import DistillationLoss
 from ..models.targets import is_conv1d, linear_layers, weight_of
 from ..nn import SVDLinear
@@ -333,7 +333,7 @@ class NestedTraining:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.checkpointing = config.gradient_checkpointing
-        self._attention = attention.use(model)
+        self._attention = training.use(model)
         model.train()
 
     @contextlib.contextmanager
@@ -407,7 +407,7 @@ class NestedTraining:
             self.model.cpu()
         if self.checkpointing:
             self.model.gradient_checkpointing_disable()
-        attention.restore(self.model, self._attention)
+        training.restore(self.model, self._attention)
         self.model.eval()
         # The loss knows this object and it the loss: without this, all of it would stay until Python looks for cycles.
         self.loss = None  # type: ignore[assignment]  # no step comes after this

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..models import attention
+from ..models import training
 from ..models.loss import IGNORE, CausalLoss
 from ..nn import SVDLinear
 from ..plan import training_plan
@@ -84,7 +84,7 @@ class TrainingStep:
         # Layers on the effective route, and the adapters' copies among the factors: known until the next compaction.
         self.effective: list[SVDLinear] = []
         self._copies: list[tuple[Tensor, Tensor]] | None = None
-        self._attention = attention.use(model)
+        self._attention = training.use(model)
         model.train()
 
     def __call__(
@@ -233,7 +233,7 @@ class TrainingStep:
             layer.take_route("factored")
             layer.compact(self.computed(layer))
         self.map.release()
-        attention.restore(self.model, self._attention)
+        training.restore(self.model, self._attention)
         self.model.eval()
 
 

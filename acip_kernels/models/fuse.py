@@ -16,7 +16,7 @@ from ..ops.fused_linear.op import CONCATENATE, GATED_MLP
 
 # What llama-like models call them; a module needs all of a row to be fused.
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -39,7 +39,7 @@ def fuse(model: nn.Module) -> nn.Module:
             group = _Siblings([module.get_submodule(name) for name in _ATTENTION])
             for number, layer in enumerate(group.layers):
                 layer.forward = _SiblingForward(group, number)
-        if all(_fusible(children.get(name)) for name in _MLP) and _is_silu(children.get("act_fn")):
+        if all(_fusible(children.get(name)) for name in MLP) and is_silu(children.get("act_fn")):
             module.forward = _MlpForward(module)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if type(head) in (nn.Linear, QuantizedLinear, QuantizedHead) and fused.is_plain(head):
@@ -90,7 +90,7 @@ def _fusible(layer: nn.Module | None) -> bool:
     return type(layer) in (nn.Linear, QuantizedLinear, LowRankLinear, PivotLinear) and fused.is_plain(layer)
 
 
-def _is_silu(activation: nn.Module | None) -> bool:
+def is_silu(activation: nn.Module | None) -> bool:
     return type(activation).__name__ in ("SiLU", "SiLUActivation") and fused.is_plain(activation)
 
 
@@ -160,15 +160,15 @@ class _MlpForward(_Group):
     """The `forward` of a gated MLP."""
 
     def __init__(self, mlp: nn.Module):
-        super().__init__([mlp.get_submodule(name) for name in _MLP])
+        super().__init__([mlp.get_submodule(name) for name in MLP])
         self.mlp = mlp
 
     def add_tensors(self, x: Tensor, tensors: list[Tensor]) -> bool:
         # The MLP's own forward would call what is in the places of the layers now.
         children = self.mlp._modules
-        if not _is_silu(children.get("act_fn")):
+        if not is_silu(children.get("act_fn")):
             return False
-        if any(children.get(name) is not layer for name, layer in zip(_MLP, self.layers, strict=True)):
+        if any(children.get(name) is not layer for name, layer in zip(MLP, self.layers, strict=True)):
             return False
         return super().add_tensors(x, tensors)
 

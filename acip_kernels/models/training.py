@@ -1,17 +1,69 @@
-"""Attention while a transformers model is trained on a CPU: ours where it does the same as the model's own."""
+"""What a transformers model computes by kernels of ours while it is trained on a CPU: attention, RMS norms, SwiGLU.
+
+Modules, parameters and the state stay as they are. Attention is a function that transformers looks up by name; norms
+and gated MLPs get a `forward` of the instance, where trying has shown that the module's own computes the same. Where
+the kernels do not apply (under `torch.compile`, a GPU, a norm whose weight learns), modules compute what they always
+did.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+import copy
+
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..nn.fused import is_plain
+from ..ops import extension
 from ..ops.causal_attention.op import causal_attention
 from ..ops.common import multiplies_natively
+from ..ops.gated_silu.op import gated_silu
+from ..ops.rms_norm.op import rms_norm
+from .fuse import MLP, is_silu
 
 NAME = "acip_training"
+
+
+def use(model: nn.Module) -> str | None:
+    """Have `model` compute by our kernels and return the name of its own attention, for `restore`; None if it does not.
+
+    Only a transformers model on a CPU that multiplies its dtype natively, and that uses torch's fused attention. What
+    is frozen has to be so already: a norm whose weight learns stays as it is.
+    """
+    parameter = next(model.parameters(), None)
+    if (
+        not isinstance(model, PreTrainedModel)
+        or parameter is None
+        or parameter.device.type != "cpu"
+        or not multiplies_natively(parameter.dtype)
+        or model.config._attn_implementation != "sdpa"
+        or not model._can_set_attn_implementation()
+    ):
+        return None
+    model.set_attn_implementation(NAME)
+    for module in model.modules():
+        if is_norm(module):
+            module.forward = _NormForward(module)
+        elif is_gated_mlp(module):
+            module.forward = _MlpForward(module)
+    return "sdpa"
+
+
+def restore(model: nn.Module, name: str | None) -> None:
+    """Undo `use`."""
+    if name is None:
+        return
+    model.set_attn_implementation(name)
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _NormForward | _MlpForward):
+            del module.forward
+
+
+# ---- attention
 
 
 def attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **options):
@@ -36,26 +88,117 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 
 
-def use(model: nn.Module) -> str | None:
-    """Give `model` our attention and return the name of its own for `restore`; None if it keeps its own.
+# ---- norms and gated MLPs
 
-    Only a transformers model on a CPU that multiplies its dtype natively, and that uses torch's fused attention.
-    """
-    parameter = next(model.parameters(), None)
+
+def _takes(inputs: tuple, options: dict) -> bool:
+    """Whether a module is called with one plain tensor, and its kernel is for that."""
+    return (
+        len(inputs) == 1
+        and not options
+        and type(inputs[0]) in (Tensor, nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and extension.takes(inputs[0])
+    )
+
+
+class _NormForward:
+    """The `forward` of an RMS norm. An object, so that a deep copy of the model refers to the copy's module."""
+
+    def __init__(self, norm: nn.Module):
+        self.norm = norm
+
+    def __call__(self, *inputs, **options) -> Tensor:
+        norm = self.norm
+        weight = norm.weight
+        learns = weight.requires_grad and torch.is_grad_enabled()
+        if learns or not _takes(inputs, options) or inputs[0].dtype != weight.dtype:
+            return type(norm).forward(norm, *inputs, **options)
+        return rms_norm(inputs[0], weight, _epsilon(norm))
+
+
+class _MlpForward:
+    """The `forward` of a gated MLP. Its layers are called as modules, whatever they are at the time."""
+
+    def __init__(self, mlp: nn.Module):
+        self.mlp = mlp
+
+    def __call__(self, *inputs, **options) -> Tensor:
+        mlp = self.mlp
+        if not _takes(inputs, options) or not is_silu(mlp._modules.get("act_fn")):
+            return type(mlp).forward(mlp, *inputs, **options)
+        return mlp.down_proj(gated_silu(mlp.gate_proj(inputs[0]), mlp.up_proj(inputs[0])))
+
+
+def _epsilon(norm: nn.Module) -> float | None:
+    """llama's name for it, or gemma's and torch's."""
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+@torch.no_grad()
+def is_norm(module: nn.Module) -> bool:
+    """Whether calling `module` is `rms_norm` with its weight, which is frozen; it is tried, as names tell little."""
+    weight, eps = module._parameters.get("weight"), _epsilon(module)
     if (
-        not isinstance(model, PreTrainedModel)
-        or parameter is None
-        or parameter.device.type != "cpu"
-        or not multiplies_natively(parameter.dtype)
-        or model.config._attn_implementation != "sdpa"
-        or not model._can_set_attn_implementation()
+        not type(module).__name__.endswith("RMSNorm")
+        or type(weight) is not nn.Parameter
+        or weight.dim() != 1
+        or weight.requires_grad
+        or not extension.takes(weight)
+        or not isinstance(eps, float)
+        or not is_plain(module)
     ):
-        return None
-    model.set_attn_implementation(NAME)
-    return "sdpa"
+        return False
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x[1] *= eps**0.5  # where it counts what eps is added to
+    expected = rms_norm(x, weight, eps)
+    # Three roundings to the dtype, in whatever order, and those of the mean.
+    bound = 2 * torch.finfo(x.dtype).eps + len(weight) * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    try:
+        return torch.allclose(module.forward(x), expected, rtol=bound, atol=0)
+    except Exception:  # a module of another kind, whatever it is
+        return False
 
 
-def restore(model: nn.Module, name: str | None) -> None:
-    """Undo `use`."""
-    if name is not None:
-        model.set_attn_implementation(name)
+@torch.no_grad()
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether `module` computes `down_proj(silu(gate_proj(x)) ⊙ up_proj(x))`; tried on a copy with other layers.
+
+    So nothing is computed that would take time or leave a trace in the layers. The copy is in training mode: dropout,
+    wherever it is, would show.
+    """
+    children = module._modules
+    if set(children) != {*MLP, "act_fn"} or not is_silu(children["act_fn"]) or not is_plain(module):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, y = (torch.randn(2, 16, generator=generator) for _ in range(4))
+    probe = copy.copy(module)
+    layers = {name: _StandIn(answer) for name, answer in zip(MLP, (gate, up, y), strict=True)}
+    probe._modules = {**layers, "act_fn": children["act_fn"]}
+    probe.training = True
+    try:
+        with torch.random.fork_rng(devices=[]):
+            out = probe.forward(x)
+    except Exception:  # a module of another kind, whatever it is
+        return False
+    expected = (x, x, gated_silu(gate, up), y)
+    actual = (*(layer.asked for layer in layers.values()), out)
+    return all(
+        isinstance(one, Tensor) and one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=0)
+        for one, other in zip(actual, expected, strict=True)
+    )
+
+
+class _StandIn(nn.Module):
+    """A layer that gives a prepared answer and remembers what it was asked; `None` if more than once."""
+
+    def __init__(self, answer: Tensor):
+        super().__init__()
+        self.answer, self.calls = answer, 0
+        self.asked: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.asked = x if self.calls == 1 else None
+        return self.answer
