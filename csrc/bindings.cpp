@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "acip/decode.h"
+#include "acip/operators.h"
 #include "acip/prepared.h"
 #include "acip/training.h"
 
@@ -733,6 +734,17 @@ Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spe
 
 }  // namespace
 
+bool acip::widens_bfloat16 = false;
+
+at::Tensor acip::scale_ranks(const Tensor& z, const Tensor& s) { return ::scale_ranks(z, s); }
+at::Tensor acip::mask_gradient_(const Tensor& z, Tensor h, const Tensor& s) { return ::mask_gradient_(z, h, s); }
+at::Tensor acip::dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale) {
+    return ::dropout(x, seed, threshold, scale);
+}
+void acip::dropout_add_(Tensor out, const Tensor& x, int64_t seed, int64_t threshold, double scale) {
+    ::dropout_add_(out, x, seed, threshold, scale);
+}
+
 TORCH_LIBRARY_FRAGMENT(acip, m) {
     m.def("scale_ranks(Tensor z, Tensor s) -> Tensor");
     m.def("mask_gradient_(Tensor z, Tensor(a!) h, Tensor s) -> Tensor");
@@ -784,5 +796,8 @@ PYBIND11_MODULE(_native, m) {
     m.def(
         "use_few_tokens", [](int64_t tokens) { few_tokens_set = tokens; }, pybind11::arg("tokens") = -1,
         "Take torch's products for more than so many tokens; -1 for what was measured (for tests and measuring).");
+    m.def(
+        "widen_bfloat16", [](bool widen) { acip::widens_bfloat16 = widen; },
+        "Make products in bfloat16 in float32 (acip_kernels.ops.common.multiplies_natively).");
     acip::bind_prepared(m);
 }

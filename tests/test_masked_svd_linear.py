@@ -546,6 +546,117 @@ def test_the_adapters_output_and_gradients(joined, drop, dtype, backend):
         assert_identical(problem.run(joined, backend=backend, save_z=False), saved)
 
 
+needs_native = pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("save_z", [False, True])
+def test_what_is_compiled_is_what_is_called(joined, drop, dtype, save_z, monkeypatch):
+    """The operator that a compiler traces, of the native kernels' parts, and the one call otherwise: the same bits."""
+    problem = Adapted(dtype, (70,), (8, 40, 8), 5, drop)
+    called = problem.run(joined, save_z=save_z)
+    monkeypatch.delattr(op.native, "linear")  # whoever would call it fails
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_identical(problem.run(joined, save_z=save_z), called)
+
+
+@needs_native
+@pytest.mark.parametrize("drop", [0.0, 0.4])
+@pytest.mark.parametrize("joined", [False, True])
+def test_products_widened_where_the_processor_has_none(joined, drop):
+    problem = Adapted(torch.bfloat16, (70,), (8, 40, 8), 5, drop)
+    try:
+        extension.module.widen_bfloat16(True)
+        problem.check(problem.run(joined, backend="native"))
+    finally:
+        extension.module.widen_bfloat16(not op.common.multiplies_natively(torch.bfloat16))
+
+
+@pytest.mark.parametrize("needed", ["x", "mask", "A", "B"])
+def test_only_what_is_trained_gets_a_gradient(needed):
+    problem = Adapted(torch.float32)
+    names, p = ("x", "mask", "A", "B"), problem.base
+    tensors = {"x": p.x, "mask": problem.mask, "A": problem.A, "B": problem.B}
+    given = {name: tensor.detach().requires_grad_(name == needed) for name, tensor in tensors.items()}
+    adapter = Adapter(given["A"], given["B"], problem.scaling, False, 0.0, None)
+    y = masked_svd_linear(
+        given["x"], p.Vh, p.U, p.s, given["mask"], p.bias, mask_scale=SCALE, rows=problem.rows, adapter=adapter
+    )
+    y.backward(p.g)
+    for name, expected in zip(names, problem.run(False)[1:], strict=True):
+        if name == needed:
+            assert_identical((given[name].grad,), (expected,))
+        else:
+            assert given[name].grad is None
+
+
+def test_a_second_derivative_is_refused():
+    problem = make_problem()
+    x = problem.x.requires_grad_()
+    y = masked_svd_linear(x, *arguments(problem)[1:])
+    with pytest.raises(RuntimeError):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        torch.autograd.grad(dx.sum(), x)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.ones(5, 6)},
+        {"x": torch.ones(())},
+        {"Vh": torch.ones(3, 7)},
+        {"U": torch.ones(6, 5)},
+        {"U": torch.ones(6, 4, dtype=torch.float64)},
+        {"S": torch.ones(3)},
+        {"S": torch.ones(4, dtype=torch.float64)},
+        {"mask": torch.ones(5)},
+        {"mask": torch.ones(4, dtype=torch.float64)},
+        {"rows": torch.tensor([0, 1, 2, 4])},
+        {"rows": torch.tensor([0, 1, 2])},
+        {"bias": torch.ones(5)},
+        {"A": torch.ones(2, 7)},
+        {"A": torch.ones(2, 6), "B": torch.ones(6, 2)},
+        {"A": torch.ones(2, 7), "B": torch.ones(6, 3)},
+        {"A": torch.ones(2, 7).double(), "B": torch.ones(6, 2).double()},
+        {"A": torch.ones(2, 7), "B": torch.ones(6, 2), "dropout": 0.5},
+        {"A": torch.ones(2, 7), "B": torch.ones(6, 2), "joined": True},
+    ],
+    ids=str,
+)
+def test_the_call_itself_refuses_what_does_not_fit(change):
+    """Without the checks in Python before it: no memory is read that is not there."""
+    given = {
+        "x": torch.ones(5, 7), "Vh": torch.ones(4, 7), "U": torch.ones(6, 4), "S": torch.ones(4),
+        "mask": torch.ones(4), "bias": None, "rows": None, "A": None, "B": None, "seed": None, "scaling": 1.0,
+        "joined": False, "dropout": 0.0, "mask_scale": 1.0, "save_z": True,
+    }  # fmt: skip
+    torch.ops.acip.masked_svd(*given.values())
+    with pytest.raises((RuntimeError, IndexError)):
+        torch.ops.acip.masked_svd(*(given | change).values())
+
+
+@needs_native
+def test_its_parts_refuse_what_does_not_fit():
+    ones, no_adapter = torch.ones, (None, None, None, 0.0, False, 0.0)
+    with pytest.raises(RuntimeError, match="S and mask must be vectors alike"):
+        torch.ops.acip.masked_svd_outputs(ones(5, 4), ones(6, 4), ones(4), ones(3), None, None, None, 0.0, False)
+    with pytest.raises(RuntimeError, match="s must be contiguous"):
+        torch.ops.acip.masked_svd_outputs(ones(5, 4), ones(6, 4), ones(3), ones(3), None, None, None, 0.0, False)
+    for g, z, S in (
+        (ones(5, 7), ones(5, 4), ones(4)),
+        (ones(5, 6), ones(5, 3), ones(4)),
+        (ones(5, 6), ones(5, 4), ones(5)),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.acip.masked_svd_gradients(
+                g, None, z, ones(4, 7), ones(6, 4), S, torch.ones_like(S), *no_adapter, 1.0, True
+            )
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("drop", [0.0, 0.4])
 def test_the_effective_route(drop, dtype):

@@ -92,6 +92,10 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
+if extension.module is not None:
+    extension.module.widen_bfloat16(not multiplies_natively(torch.bfloat16))
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """`a @ b` of matrices, into `out` if given.
 

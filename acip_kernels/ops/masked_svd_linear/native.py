@@ -1,7 +1,8 @@
 """The masked SVD product of an ACIP run on a CPU: torch's matrix products, our kernels for what is between them.
 
 Per call, against the reference: one pass over `z` and one over `h` where it takes eight, no pass for the adapter's sum,
-and with a joined adapter four products where it takes eight.
+and with a joined adapter four products where it takes eight. `csrc/masked_svd.cpp` has it, a pass by a call: what is
+here are its parts, for what `torch.compile` traces.
 """
 
 from __future__ import annotations
@@ -9,46 +10,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dropout
-from ..common import add_product, product
-from .problem import Adapter, Gradients, after_ranks
+from .problem import Adapter, Gradients
 
 
-def _scales(S: Tensor, mask: Tensor, adapter: Adapter | None) -> Tensor:
-    """What multiplies each column of `z`: `α/r` for the adapter's, `S ⊙ β` for the rest."""
-    s = torch.where(mask > 0, S, 0)
-    return s if adapter is None else torch.cat([s.new_full((adapter.rank,), adapter.scaling), s])
+def linear(
+    x: Tensor,
+    Vh: Tensor,
+    U: Tensor,
+    S: Tensor,
+    mask: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    adapter: Adapter | None,
+    mask_scale: float,
+    save_z: bool,
+) -> Tensor:
+    """The whole operator, differentiable, without an operator of Python around it."""
+    a = adapter
+    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
+    return torch.ops.acip.masked_svd(x, Vh, U, S, mask, bias, rows, *options, mask_scale, save_z)
 
 
 def products(x: Tensor, Vh: Tensor, adapter: Adapter | None) -> Tensor:
     """As the reference."""
-    if adapter is None or (adapter.joined and not adapter.dropout):
-        return product(x, Vh.t())
-    A, Vh = adapter.inner(Vh)
-    z = x.new_empty(x.shape[0], adapter.rank + Vh.shape[0])
-    product(x, Vh.t(), out=z[:, adapter.rank :])
-    if adapter.dropout:
-        dropout.dropped_product(x, A, adapter.dropout, adapter.seed, out=z[:, : adapter.rank])
-    else:
-        product(x, A.t(), out=z[:, : adapter.rank])
-    return z
+    a = adapter
+    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
+    return torch.ops.acip.masked_svd_products(x, Vh, *options)
 
 
 def forward(z: Tensor, U: Tensor, S: Tensor, mask: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
     """As the reference."""
-    zs = torch.ops.acip.scale_ranks(z, _scales(S, mask, adapter))
-    if adapter is None or adapter.joined:
-        y = product(zs, U.t())
-    else:
-        B, U = adapter.outer(U)
-        y = product(zs[:, adapter.rank :], U.t())
-        add_product(y, zs[:, : adapter.rank], B.t())
-    return y if bias is None else y.add_(bias)
+    a = adapter
+    options = (None, None, 0.0, False) if a is None else (a.A, a.B, a.scaling, a.joined)
+    return torch.ops.acip.masked_svd_outputs(z, U, S, mask, bias, *options)
 
 
 def backward(
     g: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     z: Tensor,
     Vh: Tensor,
     U: Tensor,
@@ -59,16 +58,9 @@ def backward(
     need_x: bool = True,
 ) -> Gradients:
     """As the reference."""
-    r = 0 if adapter is None else adapter.rank
-    if adapter is None or adapter.joined:
-        h = product(g, U)
-    else:
-        B, U = adapter.outer(U)
-        h = torch.empty_like(z)
-        product(g, U, out=h[:, r:])
-        product(g, B, out=h[:, :r])
-    sums = torch.ops.acip.mask_gradient_(z, h, _scales(S, mask, adapter))
-    apart = adapter is not None and not adapter.joined
-    dx, dA, dB = after_ranks(g, x, z, h[:, r:] if apart else h, Vh, adapter, need_x, h[:, :r])
-    # The kernel's sum is zero where the scale is; a live singular value of zero has no gradient either.
-    return dx, sums[r:].mul(S).div_(mask_scale).masked_fill_(mask <= 0, 0), dA, dB
+    a = adapter
+    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
+    dx, dmask, dA, dB = torch.ops.acip.masked_svd_gradients(
+        g, x, z, Vh, U, S, mask, *options, mask_scale, need_x
+    )  # fmt: skip
+    return (dx if need_x else None), dmask, (dA if a else None), (dB if a else None)

@@ -83,7 +83,10 @@ def masked_svd_linear(
         return quantized.forward(x, Vh, U, S, live, bias, mask_scale, group, backend)
     x, Vh, U, bias = common.autocast(x, Vh, U, bias)
     _check(x, Vh, U, S, mask, bias, mask_scale, rows, adapter)
-    common.choose_backend(OPERATOR, backend, BACKENDS, x, gpu=MEASURED)
+    chosen = common.choose_backend(OPERATOR, backend, BACKENDS, x, gpu=MEASURED)
+    if chosen is native and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
+        # The same without an operator of Python's, which costs as much as a small layer's products.
+        return native.linear(x, Vh, U, S, mask, bias, rows, adapter, mask_scale, save_z)
     a = adapter
     options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
     return torch.ops.acip.masked_svd_linear(x, Vh, U, S, mask, bias, rows, *options, mask_scale, save_z, backend)[0]

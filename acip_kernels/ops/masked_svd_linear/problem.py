@@ -41,6 +41,20 @@ class Adapter:
         return (U[:, : self.rank], U[:, self.rank :]) if self.joined else (self.B.to(U.dtype), U)
 
 
+def before_ranks(x: Tensor, Vh: Tensor, adapter: Adapter | None) -> Tensor:
+    """`z [tokens, r + rank]`, as the reference's `products`: what the Triton backend leaves to torch's products."""
+    if adapter is None or (adapter.joined and not adapter.dropout):
+        return product(x, Vh.t())
+    A, Vh = adapter.inner(Vh)
+    z = x.new_empty(x.shape[0], adapter.rank + Vh.shape[0])
+    product(x, Vh.t(), out=z[:, adapter.rank :])
+    if adapter.dropout:
+        dropout.dropped_product(x, A, adapter.dropout, adapter.seed, out=z[:, : adapter.rank])
+    else:
+        product(x, A.t(), out=z[:, : adapter.rank])
+    return z
+
+
 def after_ranks(
     g: Tensor,
     x: Tensor | None,
@@ -51,7 +65,7 @@ def after_ranks(
     need_x: bool,
     ha=None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`(∂x, ∂A, ∂B)`, once `h ⊙ s` is known: what the native and the Triton backend leave to torch's products.
+    """`(∂x, ∂A, ∂B)`, once `h ⊙ s` is known, and as much left to them.
 
     `hs` is of the columns of `Vh`, a joined adapter's among them; `ha [tokens, r]` of the adapter's, where it is apart.
     """

@@ -12,10 +12,9 @@ from torch import Tensor
 from ...plan import Product
 from .. import triton_products as kernels
 from ..common import add_product, product
-from . import native
-from .problem import Adapter, Gradients, after_ranks
+from .problem import Adapter, Gradients, after_ranks, before_ranks
 
-products = native.products  # torch's products on either device
+products = before_ranks
 
 
 def _expand(z: Tensor, U: Tensor, S: Tensor, mask: Tensor, bias: Tensor | None, r: int = 0, scaling=1.0) -> Tensor:
