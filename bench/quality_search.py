@@ -1,8 +1,9 @@
-"""Trials of the nested recipe on validation text: `python -m bench.quality_search --name NAME learning_rate=3e-4`.
+"""Trials of the recipes on validation text: `python -m bench.quality_search --name NAME learning_rate=3e-4`.
 
-What `NestedConfig`'s defaults were chosen by. SmolLM2-135M, trained on all Wikipedia articles but the last 40, judged
-on the 20 before the test articles of `bench.quality`, which no trial sees. A trial is stored under its name in
-`bench/results/quality_search.json`; one that is there already is not made again.
+What `NestedConfig`'s defaults were chosen by; with `--recipe paper` of the l1 run (`CompressionConfig.short`).
+SmolLM2-135M, trained on all Wikipedia articles but the last 40, judged on the 20 before the test articles of
+`bench.quality`, which no trial sees. A trial is stored under its name in `bench/results/quality_search.json`; one that
+is there already is not made again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 
-from acip_kernels import NestedConfig, compress, evaluate, files, materialize, report
+from acip_kernels import CompressionConfig, NestedConfig, compress, evaluate, files, materialize, report
 from acip_kernels import data as texts
 from acip_kernels.compress.config import compute_dtype
 
@@ -31,7 +32,7 @@ WINDOWS = 8
 console = Console(stderr=True)
 
 
-def trial(changes: dict, work: pathlib.Path) -> dict:
+def trial(changes: dict, recipe: str, work: pathlib.Path) -> dict:
     """One run with `changes` to the configuration, and its perplexities."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,16 +41,19 @@ def trial(changes: dict, work: pathlib.Path) -> dict:
     articles = texts.demo_texts(log=console.print)
     training = texts.tokenize(tokenizer, articles[: -2 * HELD_OUT])
     judged = texts.tokenize(tokenizer, articles[-2 * HELD_OUT : -HELD_OUT])
-    config = NestedConfig(**{"calibration_batches": CALIBRATION_BATCHES, **changes})
+    make = NestedConfig if recipe == "best" else CompressionConfig.short
+    config = make(**{"calibration_batches": CALIBRATION_BATCHES, **changes})
     model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(config.dtype, torch.device("cpu"))).eval()
     batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=config.seed)
-    shared_ranking(model, texts.Batches(training, batch_size=1, length=LENGTH, seed=0), config, work)
+    if recipe == "best":
+        shared_ranking(model, texts.Batches(training, batch_size=1, length=LENGTH, seed=0), config, work)
     started = time.monotonic()
-    result = compress(model, batches, config)
+    result = compress(model, batches, config, svd_cache=texts.svd_cache(source))
     seconds = time.monotonic() - started
     row = {
+        "recipe": recipe,
         "changes": changes,
-        "training_tokens": config.steps * config.gradient_accumulation * LENGTH,
+        "training_tokens": len(result.history) * config.gradient_accumulation * LENGTH,
         "seconds": round(seconds, 1),
         "loss": sum(step["loss"] for step in result.history[-20:]) / 20,
         "device": report.device_description(),
@@ -63,16 +67,19 @@ def trial(changes: dict, work: pathlib.Path) -> dict:
 
 
 def main(
-    changes: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE of NestedConfig.")] = None,
+    changes: Annotated[list[str] | None, typer.Argument(help="FIELD=VALUE of the configuration.")] = None,
+    recipe: Annotated[str, typer.Option(help="best (NestedConfig) or paper (CompressionConfig.short).")] = "best",
     name: Annotated[str, typer.Option(help="Of the trial, in the results file.")] = "default",
     about: Annotated[str, typer.Option(help="What is tried, for the table.")] = "",
     work: Annotated[pathlib.Path, typer.Option(help="Where rankings are kept.")] = ROOT / "runs" / "quality",
 ):
-    """One trial of the nested recipe."""
+    """One trial of a recipe."""
+    if recipe not in ("best", "paper"):
+        raise typer.BadParameter(f"--recipe must be best or paper, got {recipe}")
     results = files.read_json(RESULTS) if RESULTS.exists() else {}
     if name not in results:
         fields = dict(change.split("=", 1) for change in changes or [])
-        row = trial({key: _value(value) for key, value in fields.items()}, work)
+        row = trial({key: _value(value) for key, value in fields.items()}, recipe, work)
         results = files.read_json(RESULTS) if RESULTS.exists() else {}
         results[name] = {"about": about or name} | row
         files.write_json(RESULTS, results)

@@ -319,7 +319,7 @@ def search_table(trials: dict) -> str:
         for row in trials.values()
     ]
     return (
-        "Trials of the nested recipe, on the same validation articles, "
+        "Trials of recipes, on the same validation articles, "
         f"{quality_search.WINDOWS} windows; one seed. {'; '.join(devices)}.\n\n"
         + training_step.markdown(["what was trained, and how", "tokens", *sizes], lines)
     )

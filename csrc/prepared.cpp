@@ -70,6 +70,44 @@ py::object instance_dict(PyObject* object) {
     return py::reinterpret_steal<py::object>(dict);
 }
 
+// Where a call will look. All of it is small and lies everywhere, and between two calls of a layer the weights of a model
+// push it out of the caches: looked at one after the other it takes longer than the comparison, and asked for all at
+// once it does not. These are addresses to prefetch and nothing else: what is gone meanwhile does no harm.
+class Places {
+   public:
+    void add(const void* from, size_t bytes) {
+        auto first = reinterpret_cast<uintptr_t>(from) / kLine, last = (reinterpret_cast<uintptr_t>(from) + bytes - 1) / kLine;
+        for (auto line = first; from && bytes && line <= last; ++line)
+            lines_.push_back(reinterpret_cast<const char*>(line * kLine));
+    }
+
+    // A dictionary with about `entries` entries.
+    void add_dict(PyObject* object, size_t entries) {
+        auto* dict = reinterpret_cast<PyDictObject*>(object);
+        add(dict, sizeof(PyDictObject));
+        // Keys that are shared by all instances of a class are needed by each of them.
+        if (dict->ma_values)
+            add(dict->ma_values, (entries + 2) * sizeof(PyObject*));
+        else
+            add(dict->ma_keys, 64 + entries * 32);
+    }
+
+    void add_tensor(PyObject* object) {
+        add(object, sizeof(THPVariable));
+        const at::TensorImpl* tensor = THPVariable_Unpack(object).unsafeGetTensorImpl();
+        add(tensor, sizeof(at::TensorImpl));
+        if (tensor->has_storage()) add(tensor->unsafe_storage().unsafeGetStorageImpl(), sizeof(c10::StorageImpl));
+    }
+
+    void prefetch() const {
+        for (const char* line : lines_) __builtin_prefetch(line);
+    }
+
+   private:
+    static constexpr uintptr_t kLine = 64;
+    std::vector<const char*> lines_;
+};
+
 // An nn.Module as it was: of the same class, with the same parameters, buffers, children and forward, and no hooks.
 class Module {
    public:
@@ -109,6 +147,27 @@ class Module {
         return true;
     }
 
+    // Once this is where it stays.
+    void add_places(Places& places) const {
+        py::object module = target(module_);
+        if (!module) return;
+        places.add(this, sizeof *this);
+        places.add(module_.ptr(), sizeof(PyWeakReference));
+        places.add(module.ptr(), 64);
+        py::object held = instance_dict(module.ptr());
+        places.add_dict(held.ptr(), size_t(PyDict_Size(held.ptr())));
+        if (without_hooks_)
+            for (PyObject* name : names().hooks)
+                if (PyObject* hooks = PyDict_GetItemWithError(held.ptr(), name)) places.add(hooks, 32);
+        for (int i = 0; i < 3; ++i) {
+            if (PyObject* state = PyDict_GetItemWithError(held.ptr(), names().states[i]))
+                places.add_dict(state, states_[i].size());
+            places.add(states_[i].data(), states_[i].size() * sizeof states_[i][0]);
+            for (const auto& [key, reference] : states_[i])
+                if (!reference.is_none()) places.add(reference.ptr(), sizeof(PyWeakReference));
+        }
+    }
+
    private:
     py::object module_;
     PyTypeObject* type_;
@@ -133,10 +192,18 @@ class Prepared {
             tensors_.emplace_back(weak(tensor), THPVariable_Unpack(tensor.ptr()).scalar_type());
         }
         for (py::handle hooks : global_hooks) global_hooks_.push_back(hooks.cast<py::dict>());
+        for (const Module& module : modules_) module.add_places(places_);
+        places_.add(tensors_.data(), tensors_.size() * sizeof tensors_[0]);
+        places_.add(spec_.data(), spec_.size() * sizeof spec_[0]);
+        for (const auto& [reference, type] : tensors_) {
+            places_.add(reference.ptr(), sizeof(PyWeakReference));
+            if (py::object tensor = target(reference)) places_.add_tensor(tensor.ptr());
+        }
     }
 
     // The output; None where what was looked up does not hold any more, or not for this input.
     py::object operator()(py::handle input) const {
+        places_.prefetch();
         if (!THPVariable_CheckExact(input.ptr()) || c10::GradMode::is_enabled() ||
             at::autocast::is_autocast_enabled(at::kCPU))
             return py::none();
@@ -174,6 +241,7 @@ class Prepared {
     int64_t mode_;
     at::ScalarType dtype_;
     std::vector<py::dict> global_hooks_;
+    Places places_;
 };
 
 }  // namespace

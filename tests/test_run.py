@@ -14,9 +14,11 @@ import types
 import pytest
 import torch
 import toys
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
-from acip_kernels import CompressionConfig, SVDLinear, compress, factorize
+from acip_kernels import CompressionConfig, SVDLinear, compress, factorize, files
 from acip_kernels.compress.config import compute_dtype
 from acip_kernels.compress.loop import CHECKPOINT, HISTORY
 from acip_kernels.compress.scores import ScoreMap, updated_scores
@@ -107,6 +109,29 @@ def test_a_run_worked_out_by_hand():
     assert history[-1][1] == 0
     assert result.scores["layer"].tolist() == pytest.approx(scores, rel=1e-5)
     assert scores == [-len(history) + 1, -1, -len(history) + 1]
+
+
+def test_a_penalty_by_numbers_pushes_what_costs_more():
+    """Against one λ for all: the masks' gradients differ by λ (w - 1), w being what an entry holds over the mean."""
+    gradients, λ = {}, 0.25
+    for penalty in ("entries", "numbers"):
+        model = toys.llama()
+        factorize(model, adapter_rank=0)
+        step = TrainingStep(model, CompressionConfig(adapter_rank=0, penalty=penalty, dtype="float32"))
+        with torch.no_grad():
+            step.map.masks[::3] = 0.0
+            step.map.masks[1::3] = -1.0
+        live = step.map.masks.detach() > 0
+        step(make_batches(1), λ)
+        gradients[penalty] = step.map.masks.grad.clone()
+    held = torch.cat(
+        [torch.full((m.full_rank,), m.in_features + m.out_features) for m in step.layers.values()]
+    ).double()
+    weights = held / held.mean()
+    assert len(weights.unique()) > 1
+    expected = gradients["entries"].double() + λ * (weights - 1) * live
+    torch.testing.assert_close(gradients["numbers"].double(), expected, rtol=1e-6, atol=1e-6)
+    assert not gradients["numbers"][~live].any()
 
 
 def test_a_pruned_entry_never_comes_back():
@@ -244,6 +269,7 @@ def test_a_short_run_is_scaled_to_its_steps(steps):
         ({"tune_steps": 2.5}, "tune_steps"),
         ({"dtype": "int8"}, "dtype"),
         ({"max_prune_steps": 0}, "max_prune_steps"),
+        ({"penalty": "bytes"}, "penalty must be 'entries' or 'numbers'"),
     ],
 )
 def test_a_constant_out_of_range_is_named(changes, message):
@@ -417,6 +443,22 @@ def test_resuming_another_run_is_refused(tmp_path, model, config, message):
     with pytest.raises(ValueError, match=message):
         run(model(), config=config, output=tmp_path, resume=True)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_a_checkpoint_from_before_a_field_is_resumed(tmp_path):
+    with pytest.raises(Stop):
+        run(config=short(checkpoint_seconds=0.0), output=tmp_path, on_step=stop_at(3))
+    path = tmp_path / CHECKPOINT
+    with safe_open(path, "pt") as opened:
+        about = opened.metadata()
+    key = next(key for key, value in about.items() if '"penalty"' in value)
+    fields = json.loads(about[key])
+    del fields["config"]["penalty"]
+    files.write_tensors(path, load_file(path), about | {key: json.dumps(fields)})
+    assert torch.equal(flat(run(output=tmp_path, resume=True)), flat(run()))
+    with pytest.raises(ValueError, match="penalty was 'entries', is 'numbers'"):
+        files.write_tensors(path, load_file(path), about)
+        run(config=short(penalty="numbers"), output=tmp_path, resume=True)
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):

@@ -34,6 +34,8 @@ class CompressionConfig:
         mask_learning_rate, adapter_learning_rate, betas, eps: AdamW's, without weight decay.
         lambda_start, lambda_growth, lambda_every: the l1 penalty λ on the masks, multiplied by
             `lambda_growth` every `lambda_every` steps.
+        penalty: "entries", the same λ for every singular value, as the paper has it; or "numbers", λ times the numbers
+            that the value's two vectors hold, over their mean: what costs more to store is pushed harder.
         max_prune_steps: at this step what is still too large is cut at once, lowest masks first. None: prune on
             until λ has done it.
 
@@ -76,6 +78,7 @@ class CompressionConfig:
     lambda_start: float = 1e-3
     lambda_growth: float = 1.01
     lambda_every: int = 4
+    penalty: str = "entries"
     stop_ratio: float = 0.4
     max_prune_steps: int | None = None
     forms: tuple[str, ...] = ("dense", "factors")
@@ -128,6 +131,8 @@ class CompressionConfig:
         object.__setattr__(self, "forms", check_forms(self.forms))
         if self.basis not in ("weights", "activations"):
             raise ValueError(f"basis must be 'weights' or 'activations', got {self.basis!r}")
+        if self.penalty not in ("entries", "numbers"):
+            raise ValueError(f"penalty must be 'entries' or 'numbers', got {self.penalty!r}")
         if not self.lambda_growth >= 1:
             raise ValueError(f"lambda_growth must be at least 1, got {self.lambda_growth}")
         if not 0 <= self.adapter_dropout < 1:

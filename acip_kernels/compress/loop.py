@@ -283,7 +283,8 @@ class TrainingLoop:
         )
 
     def check_same_run(self, path, about) -> None:
-        mine, theirs = self.config.to_dict(), about["config"]
+        # A field that a checkpoint lacks is newer than it, and did nothing then.
+        mine, theirs = self.config.to_dict(), type(self.config)().to_dict() | about["config"]
         different = [key for key in mine if key not in _FREE and mine[key] != _tupled(theirs.get(key))]
         if different:
             changes = ", ".join(f"{key} was {theirs.get(key)!r}, is {mine[key]!r}" for key in different)

@@ -32,6 +32,11 @@ class ScoreMap:
         self.layer = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes)).to(device)
         self.scores = self.flat_masks()
 
+    def numbers(self) -> Tensor:
+        """What each entry's two vectors hold, `in + out`, float32 [entries]."""
+        held = [float(module.in_features + module.out_features) for module in self.layers.values()]
+        return torch.tensor(held, device=self.layer.device)[self.layer]
+
     def bind_gradients(self) -> None:
         """Make every mask's gradient a part of one buffer: a backward pass adds to a gradient that is there."""
         self.masks.grad = torch.zeros_like(self.masks)

@@ -79,6 +79,11 @@ class TrainingStep:
         if self.adapters:
             groups.append({"params": list(self.adapters.values()), "lr": config.adapter_learning_rate})
         self.optimizer = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True)
+        # Of λ, for each entry; None for one.
+        self.weights: Tensor | None = None
+        if config.penalty == "numbers":
+            numbers = self.map.numbers().to(self.map.masks.dtype)
+            self.weights = numbers / numbers.mean()
         self.loss = CausalLoss(model, None if config.lean_loss else False)
         self.tokens = 0
         # Layers on the effective route, and the adapters' copies among the factors: known until the next compaction.
@@ -114,8 +119,9 @@ class TrainingStep:
         masks = self.map.masks
         self.processes.sum_([loss, *trained, *([masks.grad] if pruning and masks.grad is not None else [])])
         if pruning:
-            # The gradient of λ Σ max(m, 0), without building a graph for it.
-            masks.grad.add_(masks.detach() > 0, alpha=penalty)
+            # The gradient of λ Σ w max(m, 0), without building a graph for it.
+            live = masks.detach() > 0
+            masks.grad.add_(live if self.weights is None else self.weights * live, alpha=penalty)
             trained.append(masks.grad)
         norm = torch.nn.utils.get_total_norm(trained) if trained else loss.new_zeros(())
         # AdamW looks at this flag itself and changes nothing where it is set: no need to wait for the answer here.
