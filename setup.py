@@ -138,7 +138,7 @@ def extension():
 
     module = CppExtension(
         "acip_kernels._native",
-        ["csrc/bindings.cpp", "csrc/masked_svd.cpp", "csrc/prepared.cpp"],
+        ["csrc/bindings.cpp", "csrc/causal_attention.cpp", "csrc/masked_svd.cpp", "csrc/prepared.cpp"],
         include_dirs=[str(ROOT / "csrc/include")],
         # OpenMP is torch's own: at::parallel_for is a header. Without -g0, symbols for debugging are most of a wheel.
         extra_compile_args=["-O2", "-g0", "-std=c++20", "-fopenmp", "-Wall", "-fvisibility=hidden"],

@@ -736,13 +736,19 @@ Tensor fused_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef spe
 
 bool acip::widens_bfloat16 = false;
 
-at::Tensor acip::scale_ranks(const Tensor& z, const Tensor& s) { return ::scale_ranks(z, s); }
-at::Tensor acip::mask_gradient_(const Tensor& z, Tensor h, const Tensor& s) { return ::mask_gradient_(z, h, s); }
-at::Tensor acip::dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale) {
+Tensor acip::scale_ranks(const Tensor& z, const Tensor& s) { return ::scale_ranks(z, s); }
+Tensor acip::mask_gradient_(const Tensor& z, Tensor h, const Tensor& s) { return ::mask_gradient_(z, h, s); }
+Tensor acip::dropout(const Tensor& x, int64_t seed, int64_t threshold, double scale) {
     return ::dropout(x, seed, threshold, scale);
 }
 void acip::dropout_add_(Tensor out, const Tensor& x, int64_t seed, int64_t threshold, double scale) {
     ::dropout_add_(out, x, seed, threshold, scale);
+}
+Tensor acip::causal_softmax_(Tensor scores, int64_t block, double scale, const std::optional<Tensor>& log_sums) {
+    return ::causal_softmax_(scores, block, scale, log_sums);
+}
+void acip::softmax_gradient_(Tensor dp, const Tensor& p, int64_t block, double scale) {
+    ::softmax_gradient_(dp, p, block, scale);
 }
 
 TORCH_LIBRARY_FRAGMENT(acip, m) {

@@ -10,7 +10,7 @@ from acip_kernels import CompressionConfig, compress
 from acip_kernels.models import training
 from acip_kernels.ops import common, extension
 from acip_kernels.ops.causal_attention import reference
-from acip_kernels.ops.causal_attention.op import causal_attention, queries_at_a_time
+from acip_kernels.ops.causal_attention.op import causal_attention
 
 one_thread = operators.one_thread  # a fixture of every test here
 
@@ -96,12 +96,47 @@ def test_the_native_softmax_is_the_reference_one(dtype):
         assert float((dp - want).abs().max()) <= rounding
 
 
-def test_queries_at_a_time_is_a_power_of_two_that_falls_with_the_heads():
-    def chosen(batch, heads, dtype):
-        return queries_at_a_time(torch.empty(batch, heads, 1, 1, dtype=dtype))
+@pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_is_compiled_is_what_is_called(shape, dtype, monkeypatch):
+    """The operator that a compiler traces, and the one call otherwise: the same bits."""
+    *sizes, block = shape
+    tensors = problem(*sizes, dtype)
+    called = run(lambda *t: causal_attention(*t, block=block), *tensors)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    operators.assert_identical(run(lambda *t: causal_attention(*t, block=block), *tensors), called)
 
-    assert [chosen(1, heads, torch.bfloat16) for heads in (1, 9, 18, 32, 64, 1000)] == [256, 256, 256, 128, 128, 64]
-    assert chosen(2, 9, torch.float32) == 64 and chosen(0, 9, torch.float32) == 256
+
+def test_a_second_derivative_is_refused():
+    q, k, v, _ = problem(1, 4, 2, 5, 8, torch.float32)
+    y = causal_attention(q.requires_grad_(), k, v)
+    with pytest.raises(RuntimeError):
+        (dq,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+        torch.autograd.grad(dq.sum(), q)
+
+
+@pytest.mark.skipif(not extension.available(), reason="the native extension is not built")
+def test_the_calls_themselves_refuse_what_does_not_fit():
+    """Without the checks in Python before them: no memory is read that is not there."""
+    ones, ops = torch.ones, torch.ops.acip
+    q, k, g = ones(1, 4, 5, 8), ones(1, 2, 5, 8), ones(1, 4, 5, 8)
+    _, sums = ops.causal_attention_outputs(q, k, k, 1.0, 4)
+    for wrong in (
+        (ones(4, 5, 8), k, k, 1.0, 4),
+        (q, ones(1, 3, 5, 8), ones(1, 3, 5, 8), 1.0, 4),
+        (q, ones(1, 2, 6, 8), ones(1, 2, 6, 8), 1.0, 4),
+        (q, k, ones(1, 2, 5, 7), 1.0, 4),
+        (q, k.double(), k, 1.0, 4),
+        (q, k, k, 1.0, 0),
+    ):
+        with pytest.raises(RuntimeError, match="causal_attention"):
+            ops.causal_attention_outputs(*wrong)
+        with pytest.raises(RuntimeError, match="causal_attention"):
+            ops.causal_attention_differentiable(*wrong)
+    for wrong_g, wrong_sums in ((ones(1, 4, 5, 7), sums), (g.double(), sums), (g, sums[:, :-1])):
+        with pytest.raises(RuntimeError, match="causal_attention"):
+            ops.causal_attention_gradients(wrong_g, q, k, k, wrong_sums, 1.0, 4)
 
 
 def test_what_does_not_fit_is_refused():

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -211,24 +212,30 @@ template <class T>
 void causal_softmax(T* scores, int64_t ld, int64_t keys, int64_t block, wide<T> scale, wide<T>* log_sums, bool known,
                     int64_t begin, int64_t end) {
     using W = wide<T>;
+    std::vector<W> powers(known ? 0 : keys);
     for (int64_t row = begin; row < end; ++row) {
         T* x = scores + row * ld;
         int64_t seen = keys - block + row % block + 1;
         W top;
         if (known) {
             top = log_sums[row];
+            // Against rounding, which may put a score just above the sum's logarithm: a probability is at most one.
+#pragma omp simd
+            for (int64_t i = 0; i < seen; ++i) {
+                W power = to_float(x[i]) * scale - top;
+                from_float(x + i, exponential(power > 0 ? W(0) : power));
+            }
         } else {
             W most = to_float(x[0]) * scale;
 #pragma omp simd reduction(max : most)
             for (int64_t i = 0; i < seen; ++i) most = to_float(x[i]) * scale > most ? to_float(x[i]) * scale : most;
-            top = most + std::log(sum_of<W>(seen, [&](int64_t i) { return exponential(to_float(x[i]) * scale - most); }));
-            log_sums[row] = top;
-        }
-        // Against rounding, which may put a score just above the sum's logarithm: `exponential` takes what is ≤ 0.
+            W* to = powers.data();
 #pragma omp simd
-        for (int64_t i = 0; i < seen; ++i) {
-            W power = to_float(x[i]) * scale - top;
-            from_float(x + i, exponential(power > 0 ? W(0) : power));
+            for (int64_t i = 0; i < seen; ++i) to[i] = exponential(to_float(x[i]) * scale - most);
+            W sum = sum_of<W>(seen, [&](int64_t i) { return to[i]; }), inverse = W(1) / sum;
+#pragma omp simd
+            for (int64_t i = 0; i < seen; ++i) from_float(x + i, to[i] * inverse);
+            log_sums[row] = top = most + std::log(sum);
         }
         if (seen < keys) std::memset(static_cast<void*>(x + seen), 0, (keys - seen) * sizeof(T));
         // A score of NaN or infinity must not become a number.

@@ -7,8 +7,6 @@ once, and what is between them is one pass over scores that lie in the cache.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -19,14 +17,9 @@ from . import reference
 OPERATOR = "causal_attention"
 
 
-def queries_at_a_time(q: Tensor) -> int:
-    """A power of two, 64 to 256. Fewer leave out more of what is hidden from them, more make fewer calls.
-
-    What is computed in vain grows with the block and the heads, what calls cost with the number of blocks: so the best
-    block is `√(calls / heads)`, `calls` being what they cost, in products of a head; as `bench.training_parts` has it.
-    """
-    calls = 9e5 if q.element_size() == 2 else 1.3e5
-    return 2 ** min(8, max(6, round(math.log2(calls / max(1, q.shape[0] * q.shape[1])) / 2)))
+# Fewer queries at a time leave out more of what is hidden from them, more make fewer and larger products. By
+# `bench.training_parts`: products in two bytes are faster, so calls weigh more.
+QUERIES_AT_A_TIME, QUERIES_AT_A_TIME_OF_TWO_BYTES = 64, 128
 
 
 def causal_attention(
@@ -37,7 +30,8 @@ def causal_attention(
     Args:
         q: `[batch, heads, length, width]`. k, v: `[batch, key_heads, length, width]`, in q's dtype; `heads` is a
             multiple of `key_heads`, and query head `i` uses key head `i // (heads / key_heads)`.
-        scale: None for `1 / √width`. block: queries that are computed at a time, None for `queries_at_a_time`.
+        scale: None for `1 / √width`. block: queries that are computed at a time, None for what was measured
+            to be best, 128 in two bytes and 64 in more.
 
     Returns:
         `[batch, heads, length, width]` in q's dtype, the memory of `[batch, length, heads, width]`. Differentiable in
@@ -59,55 +53,21 @@ def causal_attention(
             f"{OPERATOR}: q, k and v must be of one dtype and device, got {q.dtype}, {k.dtype} and {v.dtype} "
             f"on {q.device}, {k.device} and {v.device}"
         )
-    block = queries_at_a_time(q) if block is None else block
+    if block is None:
+        block = QUERIES_AT_A_TIME_OF_TWO_BYTES if q.dtype.itemsize == 2 else QUERIES_AT_A_TIME
     if block < 1:
         raise ValueError(f"{OPERATOR}: block must be at least 1, got {block}")
-    return torch.ops.acip.causal_attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, block)[0]
-
-
-def _kernels(x: Tensor):
-    native = extension.takes(x)
-    return (
-        torch.ops.acip.causal_softmax_ if native else reference.causal_softmax_,
-        torch.ops.acip.softmax_gradient_ if native else reference.softmax_gradient_,
-    )
-
-
-def _grouped(x: Tensor, key_heads: int, start: int, stop: int) -> Tensor:
-    """Queries `[start, stop)` of `x [batch, heads, length, width]`, `[batch · key_heads, groups · queries, width]`."""
-    batch, heads, _, width = x.shape
-    part = x[:, :, start:stop].reshape(batch, key_heads, heads // key_heads, stop - start, width)
-    return part.reshape(batch * key_heads, -1, width)
-
-
-def _put(to: Tensor, part: Tensor, key_heads: int, start: int, stop: int) -> None:
-    """The inverse of `_grouped`, into `to [batch, length, heads, width]`."""
-    batch, _, heads, width = to.shape
-    part = part.view(batch, key_heads, heads // key_heads, stop - start, width)
-    target = to[:, start:stop].view(batch, stop - start, key_heads, heads // key_heads, width)
-    target.copy_(part.permute(0, 3, 1, 2, 4))
-
-
-def _blocks(length: int, block: int) -> list[tuple[int, int]]:
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if extension.takes(q) and not torch.compiler.is_compiling() and type(q) in (Tensor, torch.nn.Parameter):
+        # The same without an operator of Python's.
+        return torch.ops.acip.causal_attention_differentiable(q, k, v, scale, block)
+    return torch.ops.acip.causal_attention(q, k, v, scale, block)[0]
 
 
 @torch.library.custom_op("acip::causal_attention", mutates_args=())
 def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float, block: int) -> tuple[Tensor, Tensor]:
-    softmax_, _ = _kernels(q)
-    batch, heads, length, width = q.shape
-    key_heads = k.shape[1]
-    keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
-    out = q.new_empty(batch, length, heads, width)
-    log_sums = q.new_empty(
-        batch * key_heads, heads // key_heads * length, dtype=torch.promote_types(q.dtype, torch.float32)
-    )
-    for start, stop in _blocks(length, block):
-        scores = _grouped(q, key_heads, start, stop) @ keys[:, :stop].transpose(1, 2)
-        sums = softmax_(scores, stop - start, scale, None)
-        log_sums[:, heads // key_heads * start : heads // key_heads * stop] = sums
-        _put(out, scores @ values[:, :stop], key_heads, start, stop)
-    return out.transpose(1, 2), log_sums
+    outputs = torch.ops.acip.causal_attention_outputs if extension.takes(q) else reference.outputs
+    return outputs(q, k, v, scale, block)
 
 
 @_operator.register_fake
@@ -122,25 +82,8 @@ def _(q, k, v, scale, block):
 def _backward_operator(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, scale: float, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    softmax_, gradient_ = _kernels(q)
-    batch, heads, length, width = q.shape
-    key_heads = k.shape[1]
-    groups = heads // key_heads
-    keys, values = k.reshape(-1, length, width), v.reshape(-1, length, width)
-    dq = q.new_empty(batch, length, heads, width)
-    # Sums over blocks, not rounded in between.
-    dk = torch.zeros_like(keys, dtype=log_sums.dtype)
-    dv = torch.zeros_like(dk)
-    for start, stop in _blocks(length, block):
-        queries, upstream = _grouped(q, key_heads, start, stop), _grouped(g, key_heads, start, stop)
-        p = queries @ keys[:, :stop].transpose(1, 2)
-        softmax_(p, stop - start, scale, log_sums[:, groups * start : groups * stop].contiguous())
-        dv[:, :stop] += p.transpose(1, 2) @ upstream
-        ds = upstream @ values[:, :stop].transpose(1, 2)
-        gradient_(ds, p, stop - start, scale)
-        _put(dq, ds @ keys[:, :stop], key_heads, start, stop)
-        dk[:, :stop] += ds.transpose(1, 2) @ queries
-    return dq.transpose(1, 2), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+    gradients = torch.ops.acip.causal_attention_gradients if extension.takes(q) else reference.gradients
+    return gradients(g, q, k, v, log_sums, scale, block)
 
 
 @_backward_operator.register_fake
@@ -167,7 +110,7 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 def _pairs(shape, block: int) -> int:
     """Scores that are computed."""
     batch, heads, length, _ = shape
-    return batch * heads * sum((stop - start) * stop for start, stop in _blocks(length, block))
+    return batch * heads * sum((stop - start) * stop for start, stop in reference.blocks(length, block))
 
 
 @register_flop_formula(torch.ops.acip.causal_attention)
