@@ -4,6 +4,7 @@
 // separate tensor operations would take three to five passes.
 #include "acip/training.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -89,19 +90,21 @@ inline uint32_t mix(uint32_t v) {
 
 template <class T, bool add>
 void dropout(const T* x, T* out, uint64_t seed, uint32_t threshold, wide<T> scale, int64_t begin, int64_t end) {
-    uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
-    for (int64_t j = begin; j < end;) {
-        // The counter's upper half is constant over 2^32 elements.
-        int64_t stop = ((j >> 32) + 1) << 32;
-        if (stop > end) stop = end;
-        uint32_t key = high ^ (uint32_t(uint64_t(j) >> 32) * 0x9e3779b9u);
+    const uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    for (int64_t first = begin; first < end;) {
+        // The counter's upper half is constant over 2^32 elements; a counter of 32 bits, so that as many fit a vector.
+        const uint32_t start = uint32_t(first), left = uint32_t(std::min<int64_t>(end - first, 1 << 30));
+        const uint32_t count = uint32_t(std::min<uint64_t>(left, (uint64_t(1) << 32) - start));
+        const uint32_t key = high ^ (uint32_t(uint64_t(first) >> 32) * 0x9e3779b9u);
+        const T* from = x + first;
+        T* to = out + first;
 #pragma omp simd
-        for (int64_t i = j; i < stop; ++i) {
-            bool keep = mix(mix(uint32_t(i) ^ low) ^ key) >= threshold;
-            wide<T> value = keep ? to_float(x[i]) * scale : wide<T>(0);
-            from_float(out + i, add ? to_float(out[i]) + value : value);
+        for (uint32_t i = 0; i < count; ++i) {
+            bool keep = mix(mix((start + i) ^ low) ^ key) >= threshold;
+            wide<T> value = keep ? to_float(from[i]) * scale : wide<T>(0);
+            from_float(to + i, add ? to_float(to[i]) + value : value);
         }
-        j = stop;
+        first += count;
     }
 }
 
