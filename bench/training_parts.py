@@ -153,7 +153,7 @@ def measure(rounds: int) -> list[dict]:
     for dtype in (torch.float32, torch.bfloat16):
         if common.multiplies_natively(dtype):
             name = f"attention of 2 × 512 tokens, 9 heads, {str(dtype).removeprefix('torch.')}"
-            choices.append((name, "ours, 128 queries at a time", attentions(dtype)))
+            choices.append((name, f"ours, {128 if dtype.itemsize == 2 else 64} queries at a time", attentions(dtype)))
     if extension.available():
         choices.append(("mask gradient and h ⊙ s, 1024 × 576", "native", {
             "native": lambda: torch.ops.acip.mask_gradient_(z, h, s), "torch's": in_torch}))  # fmt: skip
