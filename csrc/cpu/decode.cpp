@@ -188,6 +188,7 @@ inline void rows(const Matrix& matrix, const int64_t (&at)[kRows], const X* x, i
     // One token has too few sums to hide an addition's latency: they are doubled.
     constexpr int64_t kSums = T == 1 ? 2 : 1;
     const W* w[kRows];
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r)
         w[r] = reinterpret_cast<const W*>(static_cast<const char*>(matrix.data) + at[r] * matrix.stride);
     V sums[kSums][kRows][T];
@@ -243,6 +244,7 @@ inline void rows_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf
                       int64_t step) {
     constexpr int64_t kSums = T == 1 ? 2 : 1;
     const bf16* w[kRows];
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r)
         w[r] = reinterpret_cast<const bf16*>(static_cast<const char*>(matrix.data) + at[r] * matrix.stride);
     __m512 sums[kSums][kRows][T];
@@ -349,6 +351,7 @@ inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const floa
     const int bits = group_bits(matrix);
     const int64_t groups = groups_of(matrix, matrix.cols), last = groups - 1;
     Int4Row w[kRows];
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, groups, at[r]);
     V sums[kRows][T];
     for (int64_t r = 0; r < kRows; ++r)
@@ -446,6 +449,7 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     const int bits = group_bits(matrix);
     const int64_t all_groups = groups_of(matrix, matrix.cols);
     Int4Row w[kRows];
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, all_groups, at[r]);
     __m512 sums[kRows][T];
 #pragma GCC unroll 8
@@ -540,6 +544,7 @@ inline __m512bh convert_32(const int8_t* p, __mmask32 mask) {
 template <int64_t T, bool kLookedUp>
 inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const Inputs& x, Sums* out, int64_t step) {
     const int8_t* w[kRows];
+#pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) w[r] = static_cast<const int8_t*>(matrix.data) + at[r] * matrix.stride;
     __m512 sums[kRows][T];
 #pragma GCC unroll 8
@@ -604,6 +609,7 @@ void some_rows(const Matrix& matrix, const Streams& streams, int64_t from, int64
     auto each = [&](auto kernel) __attribute__((always_inline)) {
         for (int64_t step = begin; step < end; ++step) {
             int64_t at[kRows];
+#pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
                 // A row that is not there repeats another one: no second loop for what is left over.
                 int64_t row = streams.first(r) + from + step;
