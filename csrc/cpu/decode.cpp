@@ -442,7 +442,8 @@ inline void arrange_i4(const bf16* x, int64_t cols, int64_t group, bf16* out, fl
 // one look-up or two operations. What that is too much, 16 + zero for each weight, is taken off by the inputs' sums:
 // these are sums in float32 of numbers up to 31 times an input, and products of integers, exact unless inputs of a group
 // are of very different sizes. kHalves: groups of 32, so that each half of a block has a scale of its own. Scales are
-// made floats for 1024 columns at a time, so that one is a broadcast from memory.
+// made floats for 1024 columns at a time: of groups of 32 one is then a broadcast from memory, of larger ones, of which
+// there are no more than 16, a lane of a register. (What was just stored is waited for, and a short row is over by then.)
 template <int64_t T, bool kHalves>
 inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const Inputs& x, Sums* out, int64_t step) {
     constexpr int64_t kColumns = 1024;
@@ -457,6 +458,9 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
 #pragma GCC unroll 8
         for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
     alignas(64) float scales[kRows][kColumns / 32];
+    __m512 lanes[kRows] = {};
+    // Which of the lanes two blocks' sums are scaled by: half of a sum's lanes are of each.
+    const __m512i half = _mm512_mask_mov_epi32(_mm512_setzero_si512(), 0xff00, _mm512_set1_epi32(64));
     const __m512i table = _mm512_load_si512(kNumbers.sixteen_and), mantissa = _mm512_set1_epi16(0x0078),
                   sixteen = _mm512_set1_epi16(0x4180);
     for (int64_t first = 0; first < matrix.cols; first += kColumns) {
@@ -466,9 +470,12 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
             __mmask16 mask = groups - g < 16 ? __mmask16((1u << (groups - g)) - 1) : __mmask16(0xffff);
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
-                __m256i half = _mm256_maskz_loadu_epi16(mask, w[r].scales + group + g);
-                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-                _mm512_store_ps(scales[r] + g, scale);
+                __m256i stored = _mm256_maskz_loadu_epi16(mask, w[r].scales + group + g);
+                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
+                if (kHalves)
+                    _mm512_store_ps(scales[r] + g, scale);
+                else
+                    lanes[r] = scale;
                 __m512 zero = _mm512_set1_ps(8.0f);
                 if (w[r].zeros)
                     zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w[r].zeros + group + g)));
@@ -484,6 +491,8 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
             auto scale_of = [&](int64_t r, int64_t low, int64_t high) __attribute__((always_inline)) {
                 return _mm512_mask_mov_ps(_mm512_set1_ps(scales[r][low]), 0xff00, _mm512_set1_ps(scales[r][high]));
             };
+            const __m512i lane = _mm512_srl_epi32(_mm512_add_epi32(half, _mm512_set1_epi32(int(number * kColumns4))),
+                                                  _mm_cvtsi32_si128(bits));
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
                 const uint8_t* bytes = w[r].codes + (first + number * kColumns4) / 2;
@@ -507,8 +516,7 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
                         sums[r][t] = _mm512_fmadd_ps(low, scale_of(r, 4 * number, 4 * number + 2), sums[r][t]);
                         sums[r][t] = _mm512_fmadd_ps(high, scale_of(r, 4 * number + 1, 4 * number + 3), sums[r][t]);
                     } else {
-                        __m512 scale = scale_of(r, number * kColumns4 >> bits, (number * kColumns4 + 64) >> bits);
-                        sums[r][t] = _mm512_fmadd_ps(high, scale, sums[r][t]);
+                        sums[r][t] = _mm512_fmadd_ps(high, _mm512_permutexvar_ps(lane, lanes[r]), sums[r][t]);
                     }
                 }
             }
@@ -546,11 +554,15 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     const int8_t* w[kRows];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) w[r] = static_cast<const int8_t*>(matrix.data) + at[r] * matrix.stride;
-    __m512 sums[kRows][T];
+    // As in `rows`: of one token two sums for a row, so that fewer additions wait for one another.
+    constexpr int64_t kSums = T == 1 ? 2 : 1;
+    __m512 sums[kSums][kRows][T];
 #pragma GCC unroll 8
-    for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t u = 0; u < kSums; ++u)
 #pragma GCC unroll 8
-        for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
+        for (int64_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+            for (int64_t t = 0; t < T; ++t) sums[u][r][t] = _mm512_setzero_ps();
     auto columns = [&](int64_t j, __mmask64 mask) __attribute__((always_inline)) {
         __m512bh weights[2][kRows];
 #pragma GCC unroll 8
@@ -565,7 +577,10 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
             for (int64_t t = 0; t < T; ++t) {
                 __m512bh input = load_32(x.x + t * x.stride + j + 32 * half);
 #pragma GCC unroll 8
-                for (int64_t r = 0; r < kRows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[half][r], input);
+                for (int64_t r = 0; r < kRows; ++r) {
+                    __m512& sum = sums[kSums == 2 ? half : 0][r][t];
+                    sum = _mm512_dpbf16_ps(sum, weights[half][r], input);
+                }
             }
         }
     };
@@ -577,7 +592,11 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     }
     if (j < matrix.cols) columns(j, (__mmask64(1) << (matrix.cols - j)) - 1);
 #pragma GCC unroll 8
-    for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
+    for (int64_t t = 0; t < T; ++t) {
+        if (kSums == 2)
+            for (int64_t r = 0; r < kRows; ++r) sums[0][r][t] = _mm512_add_ps(sums[0][r][t], sums[kSums - 1][r][t]);
+        put(V{sums[0][0][t]}, V{sums[0][1][t]}, V{sums[0][2][t]}, V{sums[0][3][t]}, out[t], step);
+    }
 }
 #endif
 
