@@ -167,8 +167,10 @@ def run_memory(
     }
 
 
-# The effective route holds a dense W beside the factors: it has to save this share of the operations to be worth it.
-MARGIN = 0.05
+# The share of the operations that the effective route has to save to be worth it: it holds a dense W beside the factors,
+# its adapter's products are apart, and the masks' gradients are passes over matrices of W's size. Where products are in
+# two bytes, and fast, these weigh more (`bench.training_routes`).
+MARGIN, MARGIN_OF_TWO_BYTES = 0.05, 0.2
 
 
 def training_plan(
@@ -180,12 +182,14 @@ def training_plan(
     *,
     batches: int = 1,
     dropout: bool = False,
+    itemsize: int = 4,
     route: str = "auto",
 ) -> TrainingPlan:
     """The cheaper route for a layer, see `training_operations`; or the one that `route` names.
 
-    Matrix products dominate either route at training's token counts, and run at about one rate, so the operations
-    decide; `bench/training_routes.py` checks that against measured time.
+    Matrix products dominate either route at training's token counts, so the operations decide, with a margin for what
+    is beside them that depends on `itemsize`, the bytes of a number; `bench/training_routes.py` checks that against
+    measured time.
     """
     if route not in ("auto", *ROUTES):
         raise ValueError(f"route must be 'auto' or one of {', '.join(ROUTES)}, got {route!r}")
@@ -193,7 +197,8 @@ def training_plan(
         tokens, in_features, out_features, rank, adapter_rank, batches=batches, dropout=dropout
     )
     if route == "auto":
-        cheap = operations["effective"] < (1 - MARGIN) * operations["factored"]
+        margin = MARGIN_OF_TWO_BYTES if itemsize <= 2 else MARGIN
+        cheap = operations["effective"] < (1 - margin) * operations["factored"]
         route = "effective" if cheap else "factored"
     return TrainingPlan(route, operations)
 

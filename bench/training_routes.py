@@ -1,7 +1,8 @@
 """Do counted operations choose the faster route? `python -m bench.training_routes`
 
 Times one `SVDLinear`'s forward and backward pass both ways, "factored" and "effective" (see `acip_kernels.plan`), in
-turns, and puts the ratio of the medians beside the ratio of the counted operations.
+turns, and puts the ratio of the medians beside the ratio of the counted operations; with dropout on the adapter, as runs
+have it by default, unless told.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ def seconds(layer: SVDLinear, x: torch.Tensor, g: torch.Tensor, batches: int) ->
     return elapsed
 
 
-def compare(out: int, in_: int, share: float, tokens: int, batches: int, rounds: int, dtype: torch.dtype) -> dict:
+def compare(
+    out: int, in_: int, share: float, tokens: int, batches: int, rounds: int, dtype: torch.dtype, dropout: float
+) -> dict:
     k = min(out, in_)
     rank = max(1, int(share * k) // 8 * 8)
     layers = {}
     for route in ROUTES:
         torch.manual_seed(0)
         U, S, Vh = torch.randn(out, k, dtype=dtype) / out**0.5, torch.rand(k), torch.randn(k, in_, dtype=dtype) / k**0.5
-        layers[route] = layer = SVDLinear(U, S, Vh, adapter_rank=ADAPTER_RANK)
+        layers[route] = layer = SVDLinear(U, S, Vh, adapter_rank=ADAPTER_RANK, adapter_dropout=dropout)
         layer.set_live(torch.arange(k) < rank)
         layer.compact(join=True)
         layer.take_route(route)
@@ -60,7 +63,9 @@ def compare(out: int, in_: int, share: float, tokens: int, batches: int, rounds:
             if number:  # the first round warms up
                 times[route].append(elapsed)
     medians = {route: statistics.median(values) for route, values in times.items()}
-    plan = training_plan(tokens, in_, out, rank, ADAPTER_RANK, batches=batches)
+    plan = training_plan(
+        tokens, in_, out, rank, ADAPTER_RANK, batches=batches, dropout=dropout > 0, itemsize=dtype.itemsize
+    )
     return {
         "out": out, "in": in_, "rank": rank, "tokens": tokens, "batches": batches, "milliseconds":
         {route: 1e3 * median for route, median in medians.items()}, "operations": plan.operations, "plan": plan.route,
@@ -99,6 +104,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds; medians are shown.")] = 7,
     tokens: Annotated[int, typer.Option(help="Tokens of a batch.")] = 1024,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dropout: Annotated[float, typer.Option(help="On the adapters' input.")] = 0.05,
     output: Annotated[
         pathlib.Path | None, typer.Option(help="JSON file. Default: by device, in bench/results.")
     ] = None,
@@ -108,10 +114,10 @@ def main(
     rows = []
     cases = list(itertools.product(SHAPES, SHARES, (1, 4)))
     for number, ((out, in_), share, batches) in enumerate(cases, 1):
-        rows.append(compare(out, in_, share, tokens, batches, rounds, kind))
+        rows.append(compare(out, in_, share, tokens, batches, rounds, kind, dropout))
         print(f"{number} of {len(cases)}", file=sys.stderr, flush=True)
     print(table(rows))
-    about = report.device_description("cpu") | {"dtype": name_of(kind), "rows": rows}
+    about = report.device_description("cpu") | {"dtype": name_of(kind), "dropout": dropout, "rows": rows}
     step_path = result_path(about["device"], kind)
     path = output or step_path.with_name(step_path.name.replace("training_step", "training_routes"))
     files.write_text(path, json.dumps(about, indent=1) + "\n")

@@ -66,6 +66,9 @@ def test_the_cheaper_route_is_chosen():
     assert training_plan(1024, 576, 576, 576, 32).route == "effective"
     # Few tokens do not pay for n³; half the rank does not need it; a wide layer's factors are cheaper.
     assert training_plan(256, 576, 576, 576).route == "factored"
+    # In two bytes products are faster, and what is beside them decides sooner.
+    assert training_plan(1024, 576, 576, 576, 32, itemsize=2).route == "factored"
+    assert training_plan(1024, 576, 576, 576, 32, itemsize=2, batches=4).route == "effective"
     assert training_plan(4096, 576, 576, 288).route == "factored"
     assert training_plan(4096, 576, 1536, 576).route == "factored"
     # But what is done once a step is shared by the batches of the step.

@@ -212,6 +212,7 @@ class TrainingStep:
                 layer.adapter_rank,
                 batches=self.config.gradient_accumulation,
                 dropout=layer.adapter_dropout > 0,
+                itemsize=layer.U.dtype.itemsize,
                 route=self.config.route,
             )
             layer.take_route(plan.route)
