@@ -27,8 +27,8 @@ if X86:
     # GCC 12 warns of its own header, whose undefined vectors are meant (GCC bug 105593).
     ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
-# In decode.cpp, whose vectors are written out, GCC makes vectors of four rows' addresses besides: they are stored by one
-# and read by four, which the processor cannot forward, and a short row waits for that longer than it takes.
+# In decode.cpp, whose vectors are written out, GCC makes vectors of four rows' addresses besides: stored by one
+# instruction and read by four, which the processor cannot forward; a short row waits for that longer than it takes.
 KERNELS = {"training": [], "decode": ["-fno-tree-slp-vectorize"]}
 # Machine code for Ampere (which Ada runs too) and Hopper; what is newer compiles its own of PTX.
 CUDA_TARGETS = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]

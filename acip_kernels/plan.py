@@ -167,9 +167,9 @@ def run_memory(
     }
 
 
-# The share of the operations that the effective route has to save to be worth it: it holds a dense W beside the factors,
-# its adapter's products are apart, and the masks' gradients are passes over matrices of W's size. Where products are in
-# two bytes, and fast, these weigh more (`bench.training_routes`).
+# The share of the operations that the effective route has to save to be worth it: it holds a dense W beside the
+# factors, its adapter's products are apart, and the masks' gradients are passes over matrices of W's size. Where
+# products are in two bytes, and fast, these weigh more (`bench.training_routes`).
 MARGIN, MARGIN_OF_TWO_BYTES = 0.05, 0.2
 
 

@@ -1,8 +1,8 @@
 """Do counted operations choose the faster route? `python -m bench.training_routes`
 
 Times one `SVDLinear`'s forward and backward pass both ways, "factored" and "effective" (see `acip_kernels.plan`), in
-turns, and puts the ratio of the medians beside the ratio of the counted operations; with dropout on the adapter, as runs
-have it by default, unless told.
+turns, and puts the ratio of the medians beside the ratio of the counted operations; with dropout on the adapter, as
+runs have it by default, unless told.
 """
 
 from __future__ import annotations
