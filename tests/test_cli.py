@@ -297,7 +297,8 @@ def test_tasks_by_evaluate_and_by_lm_eval_itself(base, tmp_path, monkeypatch):
     for name in ("one", "two"):
         write_task(tmp_path, name)
     options = ("--tasks", "one,two", "--include-path", tmp_path)
-    result = as_json("evaluate", tmp_path / "small", "--no-speed", *options, "--limit", 4)
+    # In one dtype: of a toy's two words, bfloat16 may find the other one likelier.
+    result = as_json("evaluate", tmp_path / "small", "--no-speed", "--dtype", "float32", *options, "--limit", 4)
     ours = result["rows"][0]["tasks"]
     assert set(ours) == {"one", "two"} and 0 <= ours["one"]["acc"] <= 1
 
