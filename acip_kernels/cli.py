@@ -119,7 +119,7 @@ _CONFIG_HELP = {
     "lambda_start": "The l1 penalty λ on the masks, at the start.",
     "lambda_growth": "Factor by which λ grows …",
     "lambda_every": "… every so many steps.",
-    "penalty": "λ the same for all entries, or in proportion to the numbers that each one stores.",
+    "penalty": "λ is the same for all entries (entries), or in proportion to what each one stores (numbers).",
     "stop_ratio": "Prune until this much of the factorized layers is left.",
     "max_prune_steps": "At this step, cut what is still above the stop ratio at once.",
     "tune_steps": "Steps that tune the adapters after pruning.",

@@ -26,23 +26,19 @@ def linear(
     save_z: bool,
 ) -> Tensor:
     """The whole operator, differentiable, without an operator of Python around it."""
-    a = adapter
-    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
-    return torch.ops.acip.masked_svd(x, Vh, U, S, mask, bias, rows, *options, mask_scale, save_z)
+    arguments = Adapter.arguments(adapter)
+    return torch.ops.acip.masked_svd(x, Vh, U, S, mask, bias, rows, *arguments, mask_scale, save_z)
 
 
 def products(x: Tensor, Vh: Tensor, adapter: Adapter | None) -> Tensor:
     """As the reference."""
-    a = adapter
-    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
-    return torch.ops.acip.masked_svd_products(x, Vh, *options)
+    return torch.ops.acip.masked_svd_products(x, Vh, *Adapter.arguments(adapter))
 
 
 def forward(z: Tensor, U: Tensor, S: Tensor, mask: Tensor, bias: Tensor | None, adapter: Adapter | None) -> Tensor:
     """As the reference."""
-    a = adapter
-    options = (None, None, 0.0, False) if a is None else (a.A, a.B, a.scaling, a.joined)
-    return torch.ops.acip.masked_svd_outputs(z, U, S, mask, bias, *options)
+    A, B, _, scaling, joined, _ = Adapter.arguments(adapter)
+    return torch.ops.acip.masked_svd_outputs(z, U, S, mask, bias, A, B, scaling, joined)
 
 
 def backward(
@@ -58,9 +54,7 @@ def backward(
     need_x: bool = True,
 ) -> Gradients:
     """As the reference."""
-    a = adapter
-    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
     dx, dmask, dA, dB = torch.ops.acip.masked_svd_gradients(
-        g, x, z, Vh, U, S, mask, *options, mask_scale, need_x
-    )  # fmt: skip
-    return (dx if need_x else None), dmask, (dA if a else None), (dB if a else None)
+        g, x, z, Vh, U, S, mask, *Adapter.arguments(adapter), mask_scale, need_x
+    )
+    return (dx if need_x else None), dmask, (dA if adapter else None), (dB if adapter else None)

@@ -87,9 +87,8 @@ def masked_svd_linear(
     if chosen is native and not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter):
         # The same without an operator of Python's, which costs as much as a small layer's products.
         return native.linear(x, Vh, U, S, mask, bias, rows, adapter, mask_scale, save_z)
-    a = adapter
-    options = (None, None, None, 0.0, False, 0.0) if a is None else (a.A, a.B, a.seed, a.scaling, a.joined, a.dropout)
-    return torch.ops.acip.masked_svd_linear(x, Vh, U, S, mask, bias, rows, *options, mask_scale, save_z, backend)[0]
+    arguments = (*Adapter.arguments(adapter), mask_scale, save_z, backend)
+    return torch.ops.acip.masked_svd_linear(x, Vh, U, S, mask, bias, rows, *arguments)[0]
 
 
 def _check(x, Vh, U, S, mask, bias, mask_scale, rows, adapter) -> None:

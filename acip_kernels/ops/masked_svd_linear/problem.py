@@ -32,6 +32,13 @@ class Adapter:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @staticmethod
+    def arguments(adapter: Adapter | None) -> tuple:
+        """`(A, B, seed, scaling, joined, dropout)`, as operators take them, who take no objects."""
+        if adapter is None:
+            return None, None, None, 0.0, False, 0.0
+        return adapter.A, adapter.B, adapter.seed, adapter.scaling, adapter.joined, adapter.dropout
+
     def inner(self, Vh: Tensor) -> tuple[Tensor, Tensor]:
         """`(A, Vh)`, both `[..., in]` in the factors' dtype, however they are stored."""
         return (Vh[: self.rank], Vh[self.rank :]) if self.joined else (self.A.to(Vh.dtype), Vh)
