@@ -132,6 +132,7 @@ _CONFIG_HELP = {
     "route": "How layers are computed: auto (what is cheaper), factored, or effective (through a dense weight).",
     "save_z": "Keep the products with Vh for the backward pass: more memory, less time.",
     "lean_loss": "Never store all logits, where the model's loss allows it.",
+    "cuda_graph": "On a GPU, launch a batch's forward and backward pass as one CUDA graph.",
     "checkpoint_seconds": "Seconds between two checkpoints of the run.",
     "seed": "Of adapters, dropout and the order of the data.",
 }

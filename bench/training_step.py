@@ -537,6 +537,8 @@ def bench_steps(setting: Setting, variants, ratios, two_products_ratios, rounds:
             variant = built[name]
             if variant.resize(ratio):
                 variant.step(ids)  # untimed: the first step at a size makes its buffers
+                if setting.device.type == "cuda":
+                    variant.step(ids)  # and the second one captures a CUDA graph
             times[name, ratio].append(seconds(lambda v=variant: v.step(ids), setting.device))
             if name == "ours":
                 variant.check_size()
@@ -666,7 +668,7 @@ def bench_run(setting: Setting, steps: int, say) -> dict:
 
     def others(row: dict) -> None:
         ids, penalty = next(feed)["input_ids"].to(setting.device), config.lambda_at(row["step"])
-        size = 0.3 + 0.7 * float(torch.rand((), generator=random))
+        size = nested.training.nearest(0.3 + 0.7 * float(torch.rand((), generator=random)))
         taken = {
             "peft": seconds(lambda: peft.step(ids), setting.device),
             "two products": seconds(lambda: plain.step(ids, penalty), setting.device),

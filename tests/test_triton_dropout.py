@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter cuts bfloat16 off where a GPU rounds it: twice the error.
 ROUNDINGS = 1 if DEVICE.type == "cuda" else 2
 SEED, P = 2**62 + 123456789, 0.1
-RANDOM = SEED, dropout.threshold(P), 1 / (1 - P)
+RANDOM = torch.tensor([SEED], device=DEVICE), dropout.threshold(P), 1 / (1 - P)
 SHAPES = [(1, 5, 1), (70, 130, 20), (300, 257, 32), (129, 64, 33)]
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -55,6 +55,8 @@ class CompressionConfig:
         route: "auto", for each layer the cheaper of the two ways to compute it; or "factored" or "effective" for all
             (see `acip_kernels.plan`). save_z: keep `x Vhᵀ` of every layer for the backward pass, as much memory as
             the layers' inputs; False computes it again. lean_loss: never store all logits, where that is the same loss.
+        cuda_graph: on a GPU, launch a batch's forward and backward pass as one CUDA graph, captured again when enough
+            has died; not with gradient_checkpointing, `shard`, or batches of changing shapes.
         shard: of several processes, each holds a part of the factors, put together layer by layer as they are computed
             with (FSDP); otherwise each holds all. Dead ranks are then computed to the end, as if `compact_every` were
             0, and every layer goes by `route` "factored".
@@ -93,6 +95,7 @@ class CompressionConfig:
     route: str = "auto"
     save_z: bool = True
     lean_loss: bool = True
+    cuda_graph: bool = True
     shard: bool = False
     checkpoint_seconds: float = 120.0
     seed: int = 0

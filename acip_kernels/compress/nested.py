@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .. import files
 from ..models import quantizer, training
-from ..models.distill import DistillationLoss
+from ..models.distill import DistillationLoss, counted_tokens
 from ..models.targets import is_conv1d, linear_layers, weight_of
 from ..nn import SVDLinear
 from ..nn.nested_linear import NestedLinear
+from .captured import Passes
 from .config import cast, compute_dtype
 from .factorize import check_factors, replace_modules, svd_layers
 from .loop import TrainingLoop, random_state_of
@@ -29,6 +30,8 @@ from .step import rank_multiple, seeded, with_labels
 log = logging.getLogger("acip_kernels")
 
 RANKING = "ranking.safetensors"
+# Sizes are drawn in steps of one part in this many where each has a CUDA graph of its own.
+CAPTURED_SIZES = 40
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,9 @@ class NestedConfig(RankingConfig):
         half a cosine. betas, eps: AdamW's.
     gradient_checkpointing: recompute activations to save memory. checkpoint_seconds: between two checkpoints, which
         hold the updates and both their moments.
+    cuda_graph: on a GPU, launch a batch's forward and backward pass as one CUDA graph, of which there is one for each
+        size, so that sizes are drawn in steps of 2.5 %; not with gradient_checkpointing, `shard`, or batches of
+        changing shapes.
     shard: of several processes, each holds a part of the factors and of the teacher's weights, put together layer by
         layer as they are computed with (FSDP); otherwise each holds all.
     seed: of the sizes and of the updates' start.
@@ -67,6 +73,7 @@ class NestedConfig(RankingConfig):
     largest_ratio: float = 1.0
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    cuda_graph: bool = True
     shard: bool = False
 
     def __post_init__(self):
@@ -198,7 +205,8 @@ class NestedRun(RankingRun):
         batches, seeds = self.next_batches()
         spread = config.largest_ratio - config.smallest_ratio
         # A size for each batch of every process: all draw the same.
-        ratios = [config.smallest_ratio + spread * float(torch.rand(())) for _ in range(self.batches_a_step)]
+        drawn = [config.smallest_ratio + spread * float(torch.rand(())) for _ in range(self.batches_a_step)]
+        ratios = [self.training.nearest(ratio) for ratio in drawn]
         rate = config.rate_at(self.step)
         own = ratios[self.processes.rank :: self.processes.size]
         loss, norm = self.training(batches, own, rate, seeds)
@@ -285,7 +293,7 @@ class NestedTraining:
     """
 
     def __init__(self, model: nn.Module, sizing: Sizing, config: NestedConfig, processes: Processes | None = None):
-        self.model, self.sizing = model, sizing
+        self.model, self.sizing, self.config = model, sizing, config
         self.one_size = config.smallest_ratio == config.largest_ratio
         self.svd = svd_layers(model)
         self.device = next(iter(self.svd.values())).S.device
@@ -333,6 +341,11 @@ class NestedTraining:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.checkpointing = config.gradient_checkpointing
+        # Checkpointing looks at the state of the GPU's generator, which waits for it.
+        graphs = config.cuda_graph and self.device.type == "cuda" and not config.gradient_checkpointing
+        self.passes = Passes(
+            self._run, enabled=graphs and not config.shard, whole=self._run_anew, failed=self._forget_updates
+        )
         self._attention = training.use(model)
         model.train()
 
@@ -346,6 +359,13 @@ class NestedTraining:
         finally:
             for layer in self.layers.values():
                 layer.teaching = False
+
+    def nearest(self, ratio: float) -> float:
+        """The size to train at: `ratio`, or one of few beside it, if every size is captured."""
+        if not self.passes.enabled or self.one_size:
+            return ratio
+        ratio = round(ratio * CAPTURED_SIZES) / CAPTURED_SIZES
+        return min(max(ratio, self.config.smallest_ratio), self.config.largest_ratio)
 
     def set_size(self, ratio: float) -> None:
         """The ranks of the model of size `ratio`, each to the nearest multiple that products like, and at least that.
@@ -368,10 +388,10 @@ class NestedTraining:
         """
         total = torch.zeros((), device=self.device)
         for batch, ratio in zip(seeded(batches, seeds, self.device), ratios, strict=True):
-            self.set_size(ratio)
-            loss = self.loss(with_labels(batch, self.device)) / (len(batches) * self.processes.size)
-            loss.backward()
-            total += loss.detach()
+            inputs = with_labels(batch, self.device)
+            if self.passes.enabled:
+                inputs["counted"] = counted_tokens(inputs["labels"])
+            total += self.passes(inputs, len(batches) * self.processes.size, ratio)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         self.processes.sum_([total, *gradients])
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -381,9 +401,28 @@ class NestedTraining:
             group["lr"] = rate
         self.optimizer.step()
         torch._foreach_zero_(gradients)
+        self._forget_updates()
+        return float(total), float(norm)
+
+    def _run(self, inputs: dict, parts: int, ratio: float) -> Tensor:
+        """Forward and backward pass of one batch of `parts`; its part of the mean loss, without a graph."""
+        self.set_size(ratio)
+        tokens = {key: value for key, value in inputs.items() if key != "counted"}
+        with training.unpacked(tokens):
+            loss = self.loss(tokens, inputs.get("counted")) / parts
+        loss.backward()
+        return loss.detach()
+
+    def _run_anew(self, inputs: dict, parts: int, ratio: float) -> Tensor:
+        """The updated factors made in it, whenever it is replayed."""
+        self._forget_updates()
+        loss = self._run(inputs, parts, ratio)
+        self._forget_updates()
+        return loss
+
+    def _forget_updates(self) -> None:
         for layer in self.layers.values():
             layer.forget_updates()
-        return float(total), float(norm)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -409,8 +448,9 @@ class NestedTraining:
             self.model.gradient_checkpointing_disable()
         training.restore(self.model, self._attention)
         self.model.eval()
-        # The loss knows this object and it the loss: without this, all of it would stay until Python looks for cycles.
-        self.loss = None  # type: ignore[assignment]  # no step comes after this
+        # They know this object and it them: without this, all of it would stay until Python looks for cycles.
+        self.passes.forget()
+        self.loss = self.passes = None  # type: ignore[assignment]  # no step comes after this
         self.optimizer.state.clear()
         self.layers, self.parameters = {}, {}
         self.optimizer.param_groups.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -13,6 +14,7 @@ from ..models import training
 from ..models.loss import IGNORE, CausalLoss
 from ..nn import SVDLinear
 from ..plan import training_plan
+from .captured import Passes
 from .config import CompressionConfig
 from .factorize import svd_layers
 from .processes import Processes, same_randomness
@@ -25,6 +27,9 @@ RANK_MULTIPLE_OF_TWO_BYTES = 32
 # What has to have died of a layer's computed ranks for a copy of the rest to be made. Copying all layers costs about
 # this share of a step (`bench.training_parts`), so it has paid after one.
 WORTH_COMPACTING = 1 / 32
+# And of the whole model's, where its passes are captured as a CUDA graph: that holds ranks as they were, and capturing
+# them anew takes about two steps launched call by call.
+WORTH_CAPTURING = 1 / 16
 
 
 def rank_multiple(dtype: torch.dtype) -> int:
@@ -51,8 +56,8 @@ class TrainingStep:
 
     Args:
         model: with `SVDLinear` layers, all on one device.
-        config: learning rates, `compact_every` (0 leaves dead ranks in), `route`, `save_z`, `lean_loss`; with `shard`
-            the layers' factors are divided among the processes, and dead ranks stay in.
+        config: learning rates, `compact_every` (0 leaves dead ranks in), `route`, `save_z`, `lean_loss`, `cuda_graph`;
+            with `shard` the layers' factors are divided among the processes, and dead ranks stay in.
         processes: those that make the step together, each with as many batches of its own; None for this one alone.
     """
 
@@ -90,6 +95,16 @@ class TrainingStep:
         self.effective: list[SVDLinear] = []
         self._copies: list[tuple[Tensor, Tensor]] | None = None
         self._attention = training.use(model)
+        # Checkpointing looks at the state of the GPU's generator, which waits for it.
+        graphs = config.cuda_graph and self.device.type == "cuda" and not config.gradient_checkpointing
+        self.passes = Passes(
+            self._run,
+            enabled=graphs and not config.shard,
+            seeds=4 * len(self.layers),  # one each; more for a layer that is used several times
+            whole=self._run_and_collect,
+            prepare=self._before_capture,
+            failed=self._after_failed_capture,
+        )
         model.train()
 
     def __call__(
@@ -106,11 +121,8 @@ class TrainingStep:
             self.map.masks.grad.zero_()
         loss = torch.zeros((), device=self.device)
         for batch in seeded(batches, seeds, self.device):
-            batch_loss = self.loss(with_labels(batch, self.device)) / (len(batches) * self.processes.size)
-            batch_loss.backward()
-            loss += batch_loss.detach()
-        for layer in self.effective:
-            layer.collect_gradients()
+            loss += self.passes(with_labels(batch, self.device), len(batches) * self.processes.size)
+        self._collect_gradients()
         if self.processes.size > 1:
             for parameter in self.adapters.values():
                 if parameter.grad is None:  # no batch of this process has reached it
@@ -127,8 +139,7 @@ class TrainingStep:
         # AdamW looks at this flag itself and changes nothing where it is set: no need to wait for the answer here.
         self.optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()
         self.optimizer.step()
-        for parameter in self.adapters.values():
-            parameter.grad = None
+        self._clear_gradients()
 
         scores = updated_scores(self.map.scores, self.map.masks.detach()) if pruning else self.map.scores
         counted = self.map.ranks(scores).double()
@@ -141,6 +152,40 @@ class TrainingStep:
             if pruning:
                 self.update_weights(ranks)
         return StepOutcome(numbers[0], numbers[1], ranks, finite)
+
+    def _run(self, inputs: dict, parts: int) -> Tensor:
+        """Forward and backward pass of one batch of `parts`; its part of the mean loss, without a graph."""
+        with training.unpacked(inputs):
+            loss = self.loss(inputs) / parts
+        loss.backward()
+        return loss.detach()
+
+    def _run_and_collect(self, inputs: dict, parts: int) -> Tensor:
+        loss = self._run(inputs, parts)
+        self._collect_gradients()
+        return loss
+
+    def _before_capture(self) -> None:
+        self._collect_gradients()
+        for parameter in self.adapters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _after_failed_capture(self) -> None:
+        for layer in self.effective:
+            layer.forget_gradients()
+
+    def _collect_gradients(self) -> None:
+        for layer in self.effective:
+            layer.collect_gradients()
+
+    def _clear_gradients(self) -> None:
+        """The adapters': set to zero where they are if a graph adds to them there."""
+        if not self.passes.captured:
+            for parameter in self.adapters.values():
+                parameter.grad = None
+        elif self.adapters:
+            torch._foreach_zero_([p.grad for p in self.adapters.values() if p.grad is not None])
 
     @torch.no_grad()
     def _write_adapters(self) -> None:
@@ -162,6 +207,7 @@ class TrainingStep:
             layer.mask.grad = None
             layer.take_route("factored")
         self.effective = []
+        self.passes.forget()
         self.map.masks.grad = None  # AdamW would go on by its momentum
         self.map.masks.requires_grad_(False)
         if self.adapters:
@@ -177,14 +223,25 @@ class TrainingStep:
         """
         if self.config.compact_every and not self.config.shard:
             ranks = self.map.ranks(self.map.masks).tolist() if ranks is None else ranks
+            ranks = [
+                min(-(-rank // multiple) * multiple, layer.full_rank)
+                for layer, rank in zip(self.layers.values(), ranks, strict=True)
+                for multiple in (rank_multiple(layer.U.dtype),)
+            ]
+            if self.passes.enabled and not everything and not self._worth_capturing(ranks):
+                return
             for layer, rank in zip(self.layers.values(), ranks, strict=True):
-                computed = layer.computed_rank
-                multiple = rank_multiple(layer.U.dtype)
-                rank = min(-(-rank // multiple) * multiple, layer.full_rank)
-                if rank < computed * (1.0 if everything else 1 - WORTH_COMPACTING):
+                if rank < layer.computed_rank * (1.0 if everything else 1 - WORTH_COMPACTING):
                     layer.compact(filled_up(layer.live, rank), join=True)
                     self._copies = None
+                    self.passes.forget()
         self._choose_routes()
+
+    def _worth_capturing(self, ranks: list[int]) -> bool:
+        """Whether so much of the numbers that are computed with has died that the passes are worth changing."""
+        sides = [layer.in_features + layer.out_features for layer in self.layers.values()]
+        computed = sum(side * layer.computed_rank for side, layer in zip(sides, self.layers.values(), strict=True))
+        return sum(map(operator.mul, sides, ranks)) <= computed * (1 - WORTH_CAPTURING)
 
     def _prepare(self, batches: list[dict]) -> None:
         """On the first step, and when the number of tokens changes."""
@@ -198,6 +255,7 @@ class TrainingStep:
             if layer.adapter_rank and not layer._joined:
                 layer.compact(self.computed(layer), join=True)
                 self._copies = None
+                self.passes.forget()
         self._choose_routes()
 
     def _choose_routes(self) -> None:
@@ -215,7 +273,9 @@ class TrainingStep:
                 itemsize=layer.U.dtype.itemsize,
                 route=self.config.route,
             )
-            layer.take_route(plan.route)
+            if plan.route != layer.route:
+                layer.take_route(plan.route)
+                self.passes.forget()
         self.effective = [layer for layer in self.layers.values() if layer.route == "effective"]
 
     @staticmethod
@@ -230,6 +290,9 @@ class TrainingStep:
 
         After a run with divided factors it is in the host's memory, as it may be too large for the device.
         """
+        self.passes.forget()
+        # It knows this object, and this it: without this, all of it would stay until Python looks for cycles.
+        self.passes = None  # type: ignore[assignment]  # no step comes after this
         self.map.write_back()
         for layer in self.layers.values():
             layer.unshard()
@@ -256,7 +319,13 @@ def seeded(batches: list[dict], seeds: list[int] | None, device: torch.device) -
 
 
 def with_labels(batch: dict, device: torch.device) -> dict:
-    """`batch` on `device`, with labels: the tokens themselves, padding left out."""
+    """`batch` on `device`, with labels: the tokens themselves, padding left out.
+
+    A mask that masks nothing is left out, where looking at it does not wait for a GPU.
+    """
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
+        batch = {key: value for key, value in batch.items() if key != "attention_mask"}
     batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
     if "labels" not in batch:
         labels = batch["input_ids"]

@@ -31,12 +31,13 @@ class DistillationLoss:
         self.model, self.teaching, self.weight = model, teaching, weight
         self.plain = CausalLoss(model)
 
-    def __call__(self, inputs: dict) -> Tensor:
+    def __call__(self, inputs: dict, counted: Tensor | None = None) -> Tensor:
+        """counted: `counted_tokens` of the labels, for who knows them: to find them out waits for a GPU."""
         if self.weight == 0:
             return self.plain(inputs)
         others = {key: value for key, value in inputs.items() if key != "labels"}
-        labels = nn.functional.pad(inputs["labels"], (0, 1), value=IGNORE)[..., 1:].reshape(-1)
-        counted = labels != IGNORE
+        counted = counted_tokens(inputs["labels"]) if counted is None else counted
+        labels = next_tokens(inputs["labels"])
         lean = self.plain.is_lean(inputs)
         of = self._hidden if lean else self._logits
         with torch.no_grad(), self.teaching():
@@ -44,13 +45,23 @@ class DistillationLoss:
         learnt = of(others)[counted]
         head = self.model.get_output_embeddings() if lean else None
         weight, bias = (head.weight, head.bias) if lean else (None, None)
-        return soft_cross_entropy(learnt, taught, labels[counted], weight, bias, self.weight) / counted.sum()
+        return soft_cross_entropy(learnt, taught, labels[counted], weight, bias, self.weight) / len(counted)
 
     def _hidden(self, inputs: dict) -> Tensor:
         return self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
 
     def _logits(self, inputs: dict) -> Tensor:
         return self.model(**inputs).logits.flatten(0, 1)
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """The label of every position, `[tokens]`: the next token of `labels [batch, length]`; none of the last one."""
+    return nn.functional.pad(labels, (0, 1), value=IGNORE)[..., 1:].reshape(-1)
+
+
+def counted_tokens(labels: Tensor) -> Tensor:
+    """Which positions have a label, their numbers among all tokens."""
+    return (next_tokens(labels) != IGNORE).nonzero()[:, 0]
 
 
 def soft_cross_entropy(

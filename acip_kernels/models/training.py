@@ -8,11 +8,13 @@ did.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,6 +63,29 @@ def restore(model: nn.Module, name: str | None) -> None:
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _NormForward | _MlpForward):
             del module.forward
+
+
+@contextlib.contextmanager
+def unpacked(inputs: dict) -> Iterator[None]:
+    """Within it transformers does not look whether sequences are packed into the rows of `inputs`, by positions alone.
+
+    Which they are not if no positions are given. It would wait for a GPU to say so; and while a CUDA graph is captured,
+    where it cannot, it makes a mask, with which attention is slower.
+    """
+    name = "find_packed_sequence_indices"
+    held = getattr(masking_utils, name, None)
+    if "position_ids" in inputs or held is None:
+        yield
+        return
+    setattr(masking_utils, name, _no_sequences)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, held)
+
+
+def _no_sequences(position_ids: Tensor) -> None:
+    """None are packed. One function for ever: another one each time would be compiled anew by torch.compile."""
 
 
 # ---- attention

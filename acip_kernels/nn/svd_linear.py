@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.dropout import new_seed
 from ..ops.masked_svd_linear.effective import Collector, effective_linear
 from ..ops.masked_svd_linear.op import masked_svd_linear
 from ..ops.masked_svd_linear.problem import Adapter
@@ -156,8 +157,7 @@ class SVDLinear(nn.Module):
         if not self.adapter_rank:
             return None
         dropout = self.adapter_dropout if self.training else 0.0
-        # From torch's generator, on the CPU: whoever restores its state gets the same dropout again.
-        seed = torch.randint(2**63 - 1, (1,)) if dropout else None
+        seed = new_seed(self.mask.device) if dropout else None
         return Adapter(self.lora_A, self.lora_B, self.adapter_scaling, self._joined, dropout, seed)
 
     # ---- what is computed
@@ -265,6 +265,10 @@ class SVDLinear(nn.Module):
             if gradient is not None and parameter.requires_grad:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
+    def forget_gradients(self) -> None:
+        """On the effective route: what the backward passes since the last `collect_gradients` have left."""
+        self._collector.total = None
+
     @torch.no_grad()
     def update_weight(self, rank: int | None = None) -> None:
         """On the effective route: make the dense weight anew after masks have changed.
@@ -279,7 +283,11 @@ class SVDLinear(nn.Module):
     def _make_weight(self, live: Tensor) -> None:
         dtype = self.S.dtype
         weight = (self.U[:, live].to(dtype) * self.S[live]) @ self.Vh[live].to(dtype)
-        self._weight, self._weight_rank = weight.to(self.U.dtype), int(live.sum())
+        if self._weight is None:
+            self._weight = weight.to(self.U.dtype)
+        else:
+            self._weight.copy_(weight)  # where it was, as a CUDA graph reads it there
+        self._weight_rank = int(live.sum())
 
     @torch.no_grad()
     def set_live(self, live: Tensor) -> None:

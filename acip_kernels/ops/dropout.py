@@ -40,14 +40,61 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), _WORD)
 
 
+class StaticSeeds:
+    """Seeds that are drawn anew, all at once, for what has been captured: `new_seed` hands them out within `with`.
+
+    A call at least as often as there are seeds raises `RuntimeError`.
+    """
+
+    _current: StaticSeeds | None = None
+
+    def __init__(self, device: torch.device, count: int):
+        # 16 bytes apart: kernels are compiled for how far an address is from that.
+        self.places, self.used = torch.zeros(count, 2, dtype=torch.int64, device=device), 0
+
+    def __enter__(self) -> StaticSeeds:
+        StaticSeeds._current = self
+        return self
+
+    def __exit__(self, *_) -> None:
+        StaticSeeds._current = None
+
+    def next(self) -> Tensor:
+        if self.used == len(self.places):
+            raise RuntimeError(f"more than {self.used} seeds are drawn")
+        self.used += 1
+        return self.places[self.used - 1, :1]
+
+    def draw(self) -> None:
+        """New numbers for those that have been handed out, from torch's generator, in that order."""
+        if self.used:
+            self.places[: self.used, 0].copy_(_random_seeds(self.used))
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A seed for `drop`, int64 `[1]` on `device`.
+
+    From torch's generator on the CPU: whoever restores its state gets the same dropout again.
+    """
+    if StaticSeeds._current is not None:
+        return StaticSeeds._current.next()
+    return _random_seeds(1).to(device, non_blocking=True)
+
+
+def _random_seeds(count: int) -> Tensor:
+    return torch.randint(2**63 - 1, (count,))
+
+
 def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """`x / (1 - p)` where it is kept, else 0, for contiguous `x` of any shape; `seed` int64 `[1]`."""
-    number = int(seed)
+    """`x / (1 - p)` where it is kept, else 0, for contiguous `x` of any shape.
+
+    seed: int64 `[1]`. On a GPU best there already, see `new_seed`.
+    """
     if extension.takes(x):
-        return torch.ops.acip.dropout(x, number, threshold(p), 1 / (1 - p))
+        return torch.ops.acip.dropout(x, int(seed), threshold(p), 1 / (1 - p))
     if triton_dropout is not None and triton_dropout.takes(x):
-        return triton_dropout.run(x, torch.empty_like(x), number, threshold(p), 1 / (1 - p), add=False)
-    kept = keeps(number, x.numel(), p, x.device).view(x.shape)
+        return triton_dropout.run(x, torch.empty_like(x), seed.to(x.device), threshold(p), 1 / (1 - p), add=False)
+    kept = keeps(int(seed), x.numel(), p, x.device).view(x.shape)
     return torch.where(kept, x * (1 / (1 - p)), 0).to(x.dtype)
 
 
@@ -57,7 +104,7 @@ def add_dropped(to: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
         torch.ops.acip.dropout_add_(to, x, int(seed), threshold(p), 1 / (1 - p))
         return to
     if triton_dropout is not None and triton_dropout.takes(x) and to.is_contiguous() and x.is_contiguous():
-        return triton_dropout.run(x, to, int(seed), threshold(p), 1 / (1 - p), add=True)
+        return triton_dropout.run(x, to, seed.to(x.device), threshold(p), 1 / (1 - p), add=True)
     return to.add_(drop(x, p, seed))
 
 
@@ -67,19 +114,19 @@ def add_dropped(to: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
 def dropped_product(x: Tensor, A: Tensor, p: float, seed: Tensor, out: Tensor) -> Tensor:
     """`out [tokens, r] = drop(x) Aᵀ`, for x `[tokens, in]` and A `[r, in]`."""
     if triton_dropout is not None and triton_dropout.takes_products(x, A):
-        return triton_dropout.product(x, A, out, int(seed), threshold(p), 1 / (1 - p))
+        return triton_dropout.product(x, A, out, seed.to(x.device), threshold(p), 1 / (1 - p))
     return product(drop(x, p, seed), A.t(), out=out)
 
 
 def dropped_gradient(h: Tensor, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """`hᵀ drop(x) [r, in]`, for h `[tokens, r]` and x `[tokens, in]`; in x's dtype, or more exact."""
     if triton_dropout is not None and triton_dropout.takes_products(x, h):
-        return triton_dropout.gradient(h, x, int(seed), threshold(p), 1 / (1 - p))
+        return triton_dropout.gradient(h, x, seed.to(x.device), threshold(p), 1 / (1 - p))
     return product(h.t(), drop(x, p, seed))
 
 
 def add_dropped_product(to: Tensor, h: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
     """`to [tokens, in] += drop(h A)`, in place, for h `[tokens, r]` and A `[r, in]`."""
     if triton_dropout is not None and triton_dropout.takes_products(to, A) and h.stride(1) == 1:
-        return triton_dropout.add_product(to, h, A, int(seed), threshold(p), 1 / (1 - p))
+        return triton_dropout.add_product(to, h, A, seed.to(to.device), threshold(p), 1 / (1 - p))
     return add_dropped(to, product(h, A), p, seed)

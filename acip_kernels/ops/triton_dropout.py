@@ -2,6 +2,8 @@
 
 And an adapter's products with a dropped input, of numbers of two bytes. Its rank is so small that reading the input is
 all they cost: dropped while it is read, or while the result is written, it is neither written nor read once more.
+
+A seed is in the GPU's memory, where a CUDA graph finds another one whenever it is replayed.
 """
 
 from __future__ import annotations
@@ -25,22 +27,21 @@ def _mix(v):
     return v ^ (v >> 16)
 
 
-# Seeds are new numbers at every call: compiling for what they happen to be divisible by would never end.
 @triton.jit
-def _kept(number, low_seed, high_seed, threshold):
-    """Whether element `number` (int64) is kept; seeds and threshold are 32 bits each, as signed numbers."""
+def _kept(number, seed, threshold):
+    """Whether element `number` (int64) is kept. seed: int64; threshold: 32 bits, as a signed number."""
     low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
-    key = high_seed.to(tl.uint32, bitcast=True) ^ (high * 0x9E3779B9)
-    return _mix(_mix(low ^ low_seed.to(tl.uint32, bitcast=True)) ^ key) >= threshold.to(tl.uint32, bitcast=True)
+    key = (seed >> 32).to(tl.uint32) ^ (high * 0x9E3779B9)
+    return _mix(_mix(low ^ seed.to(tl.uint32)) ^ key) >= threshold.to(tl.uint32, bitcast=True)
 
 
-# Seeds are new numbers at every call: compiling for what they happen to be divisible by would never end.
-@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
-def drop_kernel(x, to, elements, low_seed, high_seed, threshold, factor, ADD: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["threshold"])
+def drop_kernel(x, to, elements, seed_at, threshold, factor, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """to `[elements]` = x · factor where it is kept, else 0; with ADD that is added to what is there."""
+    seed = tl.load(seed_at)
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = number < elements
-    kept = _kept(number, low_seed, high_seed, threshold)
+    kept = _kept(number, seed, threshold)
     values = tl.load(x + number, mask=inside, other=0.0).to(tl.float32) * factor
     dropped = tl.where(kept, values, 0.0).to(to.dtype.element_ty)
     if ADD:
@@ -49,27 +50,28 @@ def drop_kernel(x, to, elements, low_seed, high_seed, threshold, factor, ADD: tl
 
 
 @triton.jit
-def _dropped(x, token, column, tokens, columns, low_seed, high_seed, threshold, factor):
+def _dropped(x, token, column, tokens, columns, seed, threshold, factor):
     """A tile of the dropped input, rounded."""
     number = token.to(tl.int64)[:, None] * columns + column[None, :]
     inside = (token < tokens)[:, None] & (column < columns)[None, :]
     values = tl.load(x + number, mask=inside, other=0.0)
-    kept = _kept(number, low_seed, high_seed, threshold)
+    kept = _kept(number, seed, threshold)
     return tl.where(kept, values.to(tl.float32) * factor, 0.0).to(values.dtype)
 
 
-@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def product_kernel(
-    x, A, z, tokens, columns, rank, A_row, z_row, low_seed, high_seed, threshold, factor,
+    x, A, z, tokens, columns, rank, A_row, z_row, seed_at, threshold, factor,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """z `[tokens, rank]` = drop(x) Aᵀ, for contiguous x `[tokens, columns]` and A `[rank, columns]`."""
+    seed = tl.load(seed_at)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     r = tl.arange(0, RANK)
     sums = tl.zeros((BLOCK_TOKENS, RANK), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        values = _dropped(x, token, column, tokens, columns, low_seed, high_seed, threshold, factor)
+        values = _dropped(x, token, column, tokens, columns, seed, threshold, factor)
         inside = (column < columns)[:, None] & (r < rank)[None, :]
         weights = tl.load(A + r[None, :] * A_row + column[:, None], mask=inside, other=0.0)
         sums = triton_products._add_product(values, weights, sums)
@@ -77,18 +79,19 @@ def product_kernel(
     tl.store(to, sums.to(z.dtype.element_ty), mask=(token < tokens)[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def gradient_kernel(
-    h, x, partials, tokens, columns, rank, h_row, span, low_seed, high_seed, threshold, factor,
+    h, x, partials, tokens, columns, rank, h_row, span, seed_at, threshold, factor,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """partials `[splits, rank, columns]`, float32: hᵀ drop(x) of `span` tokens each, for h `[tokens, rank]`."""
+    seed = tl.load(seed_at)
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     r, begin = tl.arange(0, RANK), tl.program_id(1) * span
     sums = tl.zeros((RANK, BLOCK_COLUMNS), tl.float32)
     for start in range(begin, tl.minimum(begin + span, tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        values = _dropped(x, token, column, tokens, columns, low_seed, high_seed, threshold, factor)
+        values = _dropped(x, token, column, tokens, columns, seed, threshold, factor)
         inside = (token < tokens)[None, :] & (r < rank)[:, None]
         gradient = tl.load(h + token[None, :].to(tl.int64) * h_row + r[:, None], mask=inside, other=0.0)
         sums = triton_products._add_product(gradient, values, sums)
@@ -96,12 +99,13 @@ def gradient_kernel(
     tl.store(to, sums, mask=(r < rank)[:, None] & (column < columns)[None, :])
 
 
-@triton.jit(do_not_specialize=["low_seed", "high_seed", "threshold"])
+@triton.jit(do_not_specialize=["threshold"])
 def add_product_kernel(
-    to, h, A, tokens, columns, rank, h_row, A_row, low_seed, high_seed, threshold, factor,
+    to, h, A, tokens, columns, rank, h_row, A_row, seed_at, threshold, factor,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """to `[tokens, columns]`, contiguous, += drop(h A), where h A and what is dropped are rounded as by themselves."""
+    seed = tl.load(seed_at)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     r = tl.arange(0, RANK)
@@ -116,7 +120,7 @@ def add_product_kernel(
     weights = tl.load(A + r[:, None] * A_row + column[None, :], mask=inside, other=0.0)
     part = triton_products._add_product(gradient, weights, tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32))
     part = part.to(old.dtype).to(tl.float32) * factor
-    part = tl.where(_kept(number, low_seed, high_seed, threshold), part, 0.0).to(old.dtype)
+    part = tl.where(_kept(number, seed, threshold), part, 0.0).to(old.dtype)
     tl.store(to + number, (old.to(tl.float32) + part.to(tl.float32)).to(old.dtype), mask=there)
 
 
@@ -129,19 +133,16 @@ def takes_products(x: Tensor, other: Tensor) -> bool:
     return takes(x) and x.element_size() == 2 and x.is_contiguous() and x.dtype == other.dtype and other.stride(1) == 1
 
 
-def _random(seed: int, threshold: int, factor: float) -> tuple:
-    def signed(word: int) -> int:
-        word &= 0xFFFFFFFF
-        return word - (word >> 31 << 32)
-
-    return signed(seed), signed(seed >> 32), signed(threshold), factor
+def _random(seed: Tensor, threshold: int, factor: float) -> tuple:
+    """Seed, threshold and factor as the kernels take them: the threshold's 32 bits as a signed number."""
+    return seed, threshold - (threshold >> 31 << 32), factor
 
 
 def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def run(x: Tensor, to: Tensor, seed: int, threshold: int, factor: float, *, add: bool) -> Tensor:
+def run(x: Tensor, to: Tensor, seed: Tensor, threshold: int, factor: float, *, add: bool) -> Tensor:
     """`to`, both contiguous and of one size and dtype."""
     if x.numel():
         triton_products.launch(
@@ -151,7 +152,7 @@ def run(x: Tensor, to: Tensor, seed: int, threshold: int, factor: float, *, add:
     return to
 
 
-def product(x: Tensor, A: Tensor, z: Tensor, seed: int, threshold: int, factor: float) -> Tensor:
+def product(x: Tensor, A: Tensor, z: Tensor, seed: Tensor, threshold: int, factor: float) -> Tensor:
     """`z [tokens, r] = drop(x) Aᵀ`, for x `[tokens, in]` contiguous and A `[r, in]`, whose rows and z's are too."""
     (tokens, columns), rank = x.shape, len(A)
     if tokens:
@@ -163,7 +164,7 @@ def product(x: Tensor, A: Tensor, z: Tensor, seed: int, threshold: int, factor: 
     return z
 
 
-def gradient(h: Tensor, x: Tensor, seed: int, threshold: int, factor: float) -> Tensor:
+def gradient(h: Tensor, x: Tensor, seed: Tensor, threshold: int, factor: float) -> Tensor:
     """`hᵀ drop(x) [r, in]`, float32, for h `[tokens, r]` with contiguous rows and x `[tokens, in]` contiguous."""
     (tokens, columns), rank = x.shape, h.shape[1]
     blocks = triton.cdiv(columns, 64)
@@ -180,7 +181,7 @@ def gradient(h: Tensor, x: Tensor, seed: int, threshold: int, factor: float) -> 
     return partials[0] if splits == 1 else partials.sum(0)
 
 
-def add_product(to: Tensor, h: Tensor, A: Tensor, seed: int, threshold: int, factor: float) -> Tensor:
+def add_product(to: Tensor, h: Tensor, A: Tensor, seed: Tensor, threshold: int, factor: float) -> Tensor:
     """`to [tokens, in] += drop(h A)`, for h `[tokens, r]` and A `[r, in]` with contiguous rows, `to` contiguous."""
     (tokens, columns), rank = to.shape, len(A)
     if tokens:
