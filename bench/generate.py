@@ -389,7 +389,7 @@ def kernels_everywhere() -> Iterator[None]:
         measured.table = held
 
 
-def bench_gpu(model: nn.Module, name: str, ratios, tokens: int, rounds: int, only, say) -> dict:
+def bench_gpu(model: nn.Module, name: str, ratios, loops, tokens: int, rounds: int, only, say) -> dict:
     """`{"model", "rows", "errors"}` on the device of `model`."""
     device, length = model.device, PROMPT + tokens + 4
     prompt = torch.randint(3, model.config.vocab_size, (1, PROMPT), device=device)
@@ -416,7 +416,7 @@ def bench_gpu(model: nn.Module, name: str, ratios, tokens: int, rounds: int, onl
 
         ways = {GENERATE: stock, STATIC: static, GRAPH: GraphLoop(built, length)}
         size = stored_bytes(built)
-        return [Case(variant, ratio, loop, size, synchronized(way), is_fused(built)) for loop, way in ways.items()]
+        return [Case(variant, ratio, loop, size, synchronized(ways[loop]), is_fused(built)) for loop in loops]
 
     def works(case: Case) -> bool:
         started = time.perf_counter()
@@ -448,7 +448,7 @@ def bench_gpu(model: nn.Module, name: str, ratios, tokens: int, rounds: int, onl
     return {"model": name, "rows": rows, "profile": {}, "errors": errors}
 
 
-def main_gpu(name: str, checkpoint: str | None, ratios, tokens: int, rounds: int, only, say) -> dict:
+def main_gpu(name: str, checkpoint: str | None, ratios, loops, tokens: int, rounds: int, only, say) -> dict:
     device = torch.device("cuda")
     tuned = measured.table(torch.device("cuda", torch.cuda.current_device()))
     if checkpoint is not None:
@@ -462,7 +462,7 @@ def main_gpu(name: str, checkpoint: str | None, ratios, tokens: int, rounds: int
         + ("our kernels where acip tune found them faster" if tuned else "our kernels everywhere: not tuned")
     )
     with contextlib.nullcontext() if tuned is not None else kernels_everywhere():
-        found = bench_gpu(model, name, ratios, tokens, rounds, only, say)
+        found = bench_gpu(model, name, ratios, loops, tokens, rounds, only, say)
     return {
         "device": report.device_description(device) | {"dtype": "bfloat16"},
         "setting": {"prompt": PROMPT, "new_tokens": tokens, "rounds": rounds, "tuned": tuned is not None},
@@ -614,7 +614,12 @@ def result_path(device_name: str) -> pathlib.Path:
 def main(
     model: Annotated[list[str] | None, typer.Option(help="smol, llama or llama8b; the first two if not given.")] = None,
     ratio: Annotated[list[float] | None, typer.Option(help="Only this size (repeatable); on a GPU 0.5.")] = None,
-    loop: Annotated[list[str] | None, typer.Option(help=f"“{GENERATE}” or “{COMPILED}”; both if not given.")] = None,
+    loop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"“{GENERATE}” or “{COMPILED}”; on a GPU “{GENERATE}”, “{STATIC}” or “{GRAPH}”. Default: all."
+        ),
+    ] = None,
     variant: Annotated[
         list[str] | None, typer.Option(help="Only this one (repeatable), by its name in the table; all if not given.")
     ] = None,
@@ -641,7 +646,8 @@ def main(
         if not torch.cuda.is_available():
             raise typer.BadParameter("there is no GPU")
         name = MODELS[(model or ["llama8b"])[0]]
-        summary = main_gpu(name, checkpoint, tuple(ratio or (0.5,)), tokens, rounds, variant, say)
+        loops = tuple(loop or (GENERATE, STATIC, GRAPH))
+        summary = main_gpu(name, checkpoint, tuple(ratio or (0.5,)), loops, tokens, rounds, variant, say)
     else:
         if checkpoint is not None:
             raise typer.BadParameter("--checkpoint goes with --device cuda")

@@ -7,6 +7,8 @@ from acip_kernels.ops import extension
 from acip_kernels.ops.fused_linear import measured
 from bench import generate
 
+LOOPS = generate.GENERATE, generate.STATIC, generate.GRAPH
+
 TINY = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100, "max_position_embeddings": 128,
@@ -43,10 +45,10 @@ def test_a_rehearsal_and_a_case_that_fails(model, monkeypatch):
 
     monkeypatch.setattr(generate.GraphLoop, "__call__", breaks)
     said = []
-    found = generate.bench_gpu(model, "tiny", (0.5,), 4, 1, None, said.append)
+    found = generate.bench_gpu(model, "tiny", (0.5,), LOOPS, 4, 1, None, said.append)
     rows = {(row["variant"], row["loop"]): row for row in found["rows"]}
     for variant in (generate.DENSE, generate.TWO, generate.OURS):
-        assert {loop for name, loop in rows if name == variant} == {generate.GENERATE, generate.STATIC, generate.GRAPH}
+        assert {loop for name, loop in rows if name == variant} == set(LOOPS)
     assert rows[generate.OURS, generate.GRAPH]["times_dense"] > 0
     if extension.available():
         failed = {error["variant"]: error for error in found["errors"]}

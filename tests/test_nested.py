@@ -223,7 +223,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
     training = NestedTraining(model, Sizing.of(model, adapters=False), NestedConfig(**SHORT))
     before = {name: tensor.detach().clone() for name, tensor in training.parameters.items()}
     broken = {"input_ids": toys.token_ids()}
-    training.loss = lambda batch: model(**batch).loss * math.inf
+    training.loss = lambda batch, counted: model(**batch).loss * math.inf
     loss, norm = training([broken], [0.5], 1e-3)
     assert not (math.isfinite(loss) and math.isfinite(norm))
     assert all(torch.equal(tensor, before[name]) for name, tensor in training.parameters.items())
