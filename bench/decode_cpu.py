@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import pathlib
+import random
 import re
 import shutil
 import statistics
@@ -287,8 +288,8 @@ def measure(variants: list[Variant], stream: Stream, rounds: tuple[int, int], pl
         if number >= least and time.perf_counter() - started > SECONDS_A_CASE:
             break
         rates.append(stream.measure())
-        # Each round begins with another, so that none always follows the same.
-        for variant in variants[number % len(variants) :] + variants[: number % len(variants)]:
+        # In another order each time, so that none always follows the same.
+        for variant in random.Random(number).sample(variants, len(variants)):
             variant.seconds.append(variant.turn())
     by_case = {(variant.name, variant.ratio): variant.seconds for variant in variants}
     dense, rate = by_case.get(("dense", None)), statistics.median(rates)
@@ -307,7 +308,9 @@ def measure(variants: list[Variant], stream: Stream, rounds: tuple[int, int], pl
                 "seconds": {"median": median, "min": min(variant.seconds), "max": max(variant.seconds)},
                 "bytes_per_s": variant.ring.bytes / median,
                 "stream_bytes_per_s": rate,
-                "share_of_stream": variant.ring.bytes / median / rate,
+                "share_of_stream": statistics.median(
+                    variant.ring.bytes / own / streamed for own, streamed in zip(variant.seconds, rates)
+                ),
                 "times_dense": speedup(variant.seconds, dense),
                 "times_two": speedup(variant.seconds, two),
                 "times_ours": speedup(variant.seconds, ours),
@@ -332,7 +335,7 @@ def bench(shapes, ratios, tokens, many_tokens, dtypes, rounds: int, peers: bool,
         for ratio in ratios:
             variants += factor_variants(out, in_, ratio, count, dtype, cache, few)
         place = {"out": out, "in": in_, "dtype": name, "tokens": count}
-        rows += measure(variants, stream, (rounds, rounds) if few else (max(3, rounds // 3), 4 * rounds), place)
+        rows += measure(variants, stream, (rounds, rounds) if few else (max(5, rounds // 3), 4 * rounds), place)
         torch.compiler.reset()  # torchao's, compiled for this shape
     return rows
 

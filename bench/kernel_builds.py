@@ -51,6 +51,7 @@ GROUP = 64
 # What machine code is made for which device: what Triton compiles for sm_89 is sm_80's, but for fp8's instructions.
 TARGETS = {"sm_89": "sm_80"}
 _POINTERS = {
+    torch.int64: "*i64",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int8: "*i8",
@@ -202,10 +203,11 @@ class Launch:
     registers: int | None
 
     def build(self) -> aot.Build:
-        from acip_kernels.ops import triton_products
+        from acip_kernels.ops import gated_silu, rms_norm, triton_dropout, triton_products
         from acip_kernels.ops.fused_linear import triton
 
-        kernel = getattr(triton, self.kernel, None) or getattr(triton_products, self.kernel)
+        modules = triton, triton_products, triton_dropout, gated_silu.triton, rms_norm.triton
+        kernel = next(kernel for module in modules if (kernel := getattr(module, self.kernel, None)) is not None)
         options = {} if self.registers is None else {"maxnreg": self.registers}
         return aot.build(
             kernel, dict(self.signature), dict(self.constants), self.target, self.warps, self.stages, **options

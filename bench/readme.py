@@ -101,14 +101,6 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             f"{device['date'][:10]}."
         )
         adapters = f"r = {setting['adapter_rank']}, dropout {setting['dropout']}; medians"
-        if "rows" not in summary:
-            tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in summary["layers"]}))
-            parts.append(
-                f"{versions} Layers of {tokens} tokens, {adapters}, variants in turns. “graph”: replays of a CUDA"
-            )
-            parts.append("graph, which is what the GPU takes; the others are called from Python.\n")
-            parts.append(training_step.layers_table(summary["layers"]))
-            continue
         parts.append(
             f"{versions} {setting['model']}, {setting['batch']} × {setting['length']} tokens, "
             f"{adapters} of {setting['rounds']} rounds, "
@@ -119,7 +111,10 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             parts.append("A whole run, the same number of steps on the same tokens:\n")
             parts.append(training_step.run_table(summary["run"]))
         if summary.get("layers"):
-            parts.append("One layer of Llama-3.1-8B's shapes (out × in), forward and backward:\n")
+            tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in summary["layers"]}))
+            parts.append(f"One layer of Llama-3.1-8B's shapes (out × in), {tokens} tokens, forward and backward:\n")
+            if "graph" in summary["layers"][0]:
+                parts[-1] = parts[-1].replace(":\n", "; “graph”: replays of a CUDA graph:\n")
             parts.append(training_step.layers_table(summary["layers"]))
         profile = path.with_name(path.name.replace("training_step", "training_profile"))
         if profile.exists():
@@ -227,8 +222,10 @@ def gpu_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             parts.append("The CUDA C++ kernels by themselves (`python -m bench.cuda_profile`):\n")
             parts.append(cuda_profile.times_table(found))
             barriers = ", ".join(f"{seconds * 1e6:.1f} µs {launch}" for launch, seconds in found["barriers"].items())
-            parts.append(f"A second stage of next to no weights: {barriers}. Under `ncu`, what was read of memory:\n")
-            parts.append(cuda_profile.counters_table(found["counters"]))
+            counted = "Under `ncu`, what was read of memory:" if "counters" in found else ""
+            parts.append(f"A second stage of next to no weights: {barriers}. {counted}\n")
+            if counted:
+                parts.append(cuda_profile.counters_table(found["counters"]))
     if not measured:
         parts.append("`python -m bench.kernels_gpu`, which `make gpu` runs, measures them against these targets:\n")
         parts.append(kernels_gpu.targets_table(kernels_gpu.targets([])))

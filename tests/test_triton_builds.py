@@ -76,15 +76,53 @@ def compile_all():
     return builds
 
 
+def compile_elementwise():
+    """`[(kernel, target, build)]` of what a training step does between products: a norm, SwiGLU, dropout."""
+    from acip_kernels.ops import triton_dropout
+    from acip_kernels.ops.gated_silu.triton import GatedSilu
+    from acip_kernels.ops.rms_norm.triton import RmsNorm
+    from bench import kernel_builds
+
+    def numbers(*shape):
+        return kernel_builds.meta(shape, torch.bfloat16).requires_grad_()
+
+    def step(_):
+        norm = RmsNorm.apply(numbers(4096, 2048), numbers(2048).detach(), 1e-5)
+        norm.backward(torch.empty_like(norm))
+        gated = GatedSilu.apply(numbers(4096, 5632), numbers(4096, 5632))
+        gated.backward(torch.empty_like(gated))
+        x, seed = numbers(4096, 2048).detach(), kernel_builds.meta((1,), torch.int64)
+        triton_dropout.run(x, x, seed, 1 << 31, 2.0, add=True)
+
+    return [
+        (launch.kernel, target, launch.build())
+        for target, device in TARGETS.items()
+        for launch in kernel_builds.launches(device, step)
+    ]
+
+
 @pytest.fixture(scope="module")
-def builds():
+def all_builds():
     # The tests' own process interprets the kernels, where there is no GPU.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return [(*what, aot.Build(**build)) for *what, build in json.loads(done.stdout.splitlines()[-1])]
+    return [[(*what, aot.Build(**build)) for *what, build in some] for some in json.loads(done.stdout.splitlines()[-1])]
+
+
+@pytest.fixture(scope="module")
+def builds(all_builds):
+    return all_builds[0]
+
+
+def test_what_lies_between_products_reads_and_writes_16_bytes_at_a_time(all_builds):
+    assert len(all_builds[1]) == 5 * len(TARGETS)
+    for kernel, target, build in all_builds[1]:
+        where = f"{kernel}: {build}"
+        assert build.spills == 0 and build.registers <= (512 if target == "gfx942" else 255), where
+        assert build.loads_128 > 0 and build.stores_128 > 0, where
 
 
 def test_nothing_spills_and_shared_memory_suffices(builds):
@@ -144,4 +182,5 @@ def as_json(build):
 
 
 if __name__ == "__main__":
-    print(json.dumps([(*what, as_json(build)) for *what, build in compile_all()]))
+    made = compile_all(), compile_elementwise()
+    print(json.dumps([[(*what, as_json(build)) for *what, build in some] for some in made]))

@@ -1,16 +1,15 @@
-"""What a transformers model computes by kernels of ours while it is trained on a CPU: attention, RMS norms, SwiGLU.
+"""What a transformers model computes by kernels of ours while it is trained: RMS norms, SwiGLU, on a CPU attention too.
 
 Modules, parameters and the state stay as they are. Attention is a function that transformers looks up by name; norms
 and gated MLPs get a `forward` of the instance, where trying has shown that the module's own computes the same. Where
-the kernels do not apply (under `torch.compile`, a GPU, a norm whose weight learns), modules compute what they always
-did.
+the kernels do not apply (under `torch.compile`, a norm whose weight learns), modules compute what they always did.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..nn.fused import is_plain
-from ..ops import extension
 from ..ops.causal_attention.op import causal_attention
 from ..ops.common import multiplies_natively
 from ..ops.gated_silu.op import gated_silu
+from ..ops.gated_silu.op import takes as takes_gates
 from ..ops.rms_norm.op import rms_norm
+from ..ops.rms_norm.op import takes as takes_norms
 from .fuse import MLP, is_silu
 
 NAME = "acip_training"
@@ -33,33 +33,33 @@ NAME = "acip_training"
 def use(model: nn.Module) -> str | None:
     """Have `model` compute by our kernels and return the name of its own attention, for `restore`; None if it does not.
 
-    Only a transformers model on a CPU that multiplies its dtype natively, and that uses torch's fused attention. What
-    is frozen has to be so already: a norm whose weight learns stays as it is.
+    Only a transformers model: on a GPU, where attention stays torch's, or on a CPU that multiplies its dtype natively,
+    if it uses torch's fused attention. What is frozen has to be so already: a norm whose weight learns stays as it is.
     """
     parameter = next(model.parameters(), None)
-    if (
-        not isinstance(model, PreTrainedModel)
-        or parameter is None
-        or parameter.device.type != "cpu"
-        or not multiplies_natively(parameter.dtype)
-        or model.config._attn_implementation != "sdpa"
-        or not model._can_set_attn_implementation()
-    ):
+    if not isinstance(model, PreTrainedModel) or parameter is None:
         return None
-    model.set_attn_implementation(NAME)
+    own = model.config._attn_implementation
+    if parameter.device.type == "cpu":
+        if not multiplies_natively(parameter.dtype) or own != "sdpa" or not model._can_set_attn_implementation():
+            return None
+        model.set_attn_implementation(NAME)
+    elif not takes_norms(parameter[..., :1]):
+        return None
     for module in model.modules():
         if is_norm(module):
             module.forward = _NormForward(module)
         elif is_gated_mlp(module):
             module.forward = _MlpForward(module)
-    return "sdpa"
+    return own
 
 
 def restore(model: nn.Module, name: str | None) -> None:
     """Undo `use`."""
     if name is None:
         return
-    model.set_attn_implementation(name)
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation(name)
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), _NormForward | _MlpForward):
             del module.forward
@@ -116,15 +116,15 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 # ---- norms and gated MLPs
 
 
-def _takes(inputs: tuple, options: dict) -> bool:
+def _takes(inputs: tuple, options: dict, takes: Callable[[Tensor], bool]) -> bool:
     """Whether a module is called with one plain tensor, and its kernel is for that."""
     return (
         len(inputs) == 1
         and not options
         and type(inputs[0]) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and extension.takes(inputs[0])
+        and not torch.is_autocast_enabled(inputs[0].device.type)
+        and takes(inputs[0])
     )
 
 
@@ -138,7 +138,7 @@ class _NormForward:
         norm = self.norm
         weight = norm.weight
         learns = weight.requires_grad and torch.is_grad_enabled()
-        if learns or not _takes(inputs, options) or inputs[0].dtype != weight.dtype:
+        if learns or not _takes(inputs, options, takes_norms) or inputs[0].dtype != weight.dtype:
             return type(norm).forward(norm, *inputs, **options)
         return rms_norm(inputs[0], weight, _epsilon(norm))
 
@@ -151,7 +151,7 @@ class _MlpForward:
 
     def __call__(self, *inputs, **options) -> Tensor:
         mlp = self.mlp
-        if not _takes(inputs, options) or not is_silu(mlp._modules.get("act_fn")):
+        if not _takes(inputs, options, takes_gates) or not is_silu(mlp._modules.get("act_fn")):
             return type(mlp).forward(mlp, *inputs, **options)
         return mlp.down_proj(gated_silu(mlp.gate_proj(inputs[0]), mlp.up_proj(inputs[0])))
 
@@ -170,12 +170,12 @@ def is_norm(module: nn.Module) -> bool:
         or type(weight) is not nn.Parameter
         or weight.dim() != 1
         or weight.requires_grad
-        or not extension.takes(weight)
+        or not takes_norms(weight)
         or not isinstance(eps, float)
         or not is_plain(module)
     ):
         return False
-    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     x[1] *= eps**0.5  # where it counts what eps is added to
     expected = rms_norm(x, weight, eps)
     # Three roundings to the dtype, in whatever order, and those of the mean.

@@ -33,6 +33,11 @@ def takes_triton(x: Tensor) -> bool:
     return x.device.type == "cuda" or (x.device.type == "cpu" and _interprets())
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether Triton kernels that nothing has to choose run on `x`."""
+    return x.is_cuda and x.dtype in TRITON_DTYPES
+
+
 def choose_backend(
     operator: str,
     backend: str,
