@@ -116,7 +116,8 @@ class CapturedPasses:
 def capture(function: Callable[[], None], pool: object) -> Callable[[], object]:
     """A CUDA graph of what `function` launches, which is not run by this: what replays it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # Other threads may go on with what no graph holds: a loader that pins memory, NCCL's watchdog.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         function()
     return graph.replay
 
