@@ -96,7 +96,7 @@ void run_dropout(const Tensor& x, const Tensor& out, bool add, int64_t seed, int
     TORCH_CHECK(x.is_contiguous() && out.is_contiguous() && x.sizes() == out.sizes() &&
                     x.scalar_type() == out.scalar_type(),
                 "dropout: x and out must be contiguous and alike");
-    TORCH_CHECK(threshold >= 0 && threshold < (int64_t(1) << 32), "dropout: threshold must fit in 32 bits");
+    TORCH_CHECK(threshold >= 0 && threshold < (int64_t(1) << 16), "dropout: threshold must fit in 16 bits");
     auto dtype = dtype_of(x);
     at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
         chosen->dropout(dtype, x.const_data_ptr(), out.mutable_data_ptr(), add, uint64_t(seed), uint32_t(threshold),

@@ -49,7 +49,7 @@ struct Adapter {
     int64_t rank() const { return A.defined() ? A.size(0) : 0; }
     // Whether its products are to be made beside those of the factors, which do not hold it.
     bool apart() const { return A.defined() && !joined; }
-    int64_t threshold() const { return std::min<int64_t>(std::llrint(std::ldexp(dropout, 32)), 0xFFFFFFFF); }
+    int64_t threshold() const { return std::min<int64_t>(std::llrint(std::ldexp(dropout, 16)), 0xFFFF); }
     double kept() const { return 1 / (1 - dropout); }
 
     // Its own matrix and the factors', however they are stored.

@@ -62,7 +62,7 @@ def test_scaling_and_the_mask_gradient(isa, shape, dtype):
 @pytest.mark.parametrize("dtype", extension.DTYPES, ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.999])
 def test_dropout_is_the_same_everywhere(isa, p, dtype):
-    for elements in (0, 1, 7, 1000):
+    for elements in (0, 1, 7, 1000, 100_003):
         x, seed = numbers(elements, dtype=dtype), torch.tensor([2**61 + 77])
         kept = dropout.keeps(int(seed), elements, p)
         expected = torch.where(kept, x.to(precise(dtype)) * (1 / (1 - p)), 0).to(dtype)

@@ -19,12 +19,15 @@ _WORD = 0xFFFFFFFF
 def keeps(seed: int, elements: int, p: float, device: torch.device | str = "cpu") -> Tensor:
     """Which of `elements` are kept, bool `[elements]`: a hash of the element's number and the 64-bit `seed`.
 
-    Every element is kept with probability `1 - p`, rounded to a multiple of 2^-32. The hash is "lowbias32" of
-    C. Wellons's Hash Function Prospector, twice, with a half of the seed before each.
+    Every element is kept with probability `1 - p`, rounded to a multiple of 2^-16. The hash is "lowbias32" of
+    C. Wellons's Hash Function Prospector, twice, with a half of the seed before each. It is one of pairs of elements:
+    its lower 16 bits decide for the first of a pair, the others for the second.
     """
     number = torch.arange(elements, dtype=torch.int64, device=device)
-    key = (seed >> 32 & _WORD) ^ (number >> 32) * 0x9E3779B9 & _WORD
-    return _mix(_mix(number & _WORD ^ seed & _WORD) ^ key) >= threshold(p)
+    pair = number >> 1
+    key = (seed >> 32 & _WORD) ^ (pair >> 32) * 0x9E3779B9 & _WORD
+    bits = _mix(_mix(pair & _WORD ^ seed & _WORD) ^ key)
+    return torch.where(number % 2 == 0, bits & 0xFFFF, bits >> 16) >= threshold(p)
 
 
 def _mix(v: Tensor) -> Tensor:
@@ -36,8 +39,8 @@ def _mix(v: Tensor) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Hashes below it are dropped."""
-    return min(round(p * 2**32), _WORD)
+    """Numbers of 16 bits below it are dropped."""
+    return min(round(p * 2**16), 0xFFFF)
 
 
 class StaticSeeds:

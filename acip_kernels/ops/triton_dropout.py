@@ -28,20 +28,36 @@ def _mix(v):
 
 
 @triton.jit
-def _kept(number, seed, threshold):
-    """Whether element `number` (int64) is kept. seed: int64; threshold: 32 bits, as a signed number."""
-    low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
+def _bits(pair, seed):
+    """The hash that decides for a pair of elements. pair, seed: int64."""
+    low, high = pair.to(tl.uint32), (pair >> 32).to(tl.uint32)
     key = (seed >> 32).to(tl.uint32) ^ (high * 0x9E3779B9)
-    return _mix(_mix(low ^ seed.to(tl.uint32)) ^ key) >= threshold.to(tl.uint32, bitcast=True)
+    return _mix(_mix(low ^ seed.to(tl.uint32)) ^ key)
+
+
+@triton.jit
+def _kept(start, seed, threshold, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """Whether elements `start` (int64, any shape but one more dimension of 1) + `[0, COUNT)` are kept.
+
+    EVEN: all starts are, so that a pair is hashed once.
+    """
+    if EVEN:
+        bits = _bits((start >> 1) + tl.arange(0, COUNT // 2), seed)
+        decides = tl.interleave(bits & 0xFFFF, bits >> 16)
+    else:
+        number = start + tl.arange(0, COUNT)
+        bits = _bits(number >> 1, seed)
+        decides = tl.where((number & 1) == 0, bits & 0xFFFF, bits >> 16)
+    return decides >= threshold.to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def drop_kernel(x, to, elements, seed_at, threshold, factor, ADD: tl.constexpr, BLOCK: tl.constexpr):
     """to `[elements]` = x · factor where it is kept, else 0; with ADD that is added to what is there."""
-    seed = tl.load(seed_at)
-    number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    number = start + tl.arange(0, BLOCK)
     inside = number < elements
-    kept = _kept(number, seed, threshold)
+    kept = _kept(start, tl.load(seed_at), threshold, BLOCK, True)
     values = tl.load(x + number, mask=inside, other=0.0).to(tl.float32) * factor
     dropped = tl.where(kept, values, 0.0).to(to.dtype.element_ty)
     if ADD:
@@ -50,19 +66,21 @@ def drop_kernel(x, to, elements, seed_at, threshold, factor, ADD: tl.constexpr, 
 
 
 @triton.jit
-def _dropped(x, token, column, tokens, columns, seed, threshold, factor):
-    """A tile of the dropped input, rounded."""
-    number = token.to(tl.int64)[:, None] * columns + column[None, :]
+def _dropped(
+    x, token, start, tokens, columns, seed, threshold, factor, BLOCK_COLUMNS: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """A tile of the dropped input, rounded: columns from `start` on, which is even."""
+    column, row = start + tl.arange(0, BLOCK_COLUMNS), token.to(tl.int64)[:, None] * columns
     inside = (token < tokens)[:, None] & (column < columns)[None, :]
-    values = tl.load(x + number, mask=inside, other=0.0)
-    kept = _kept(number, seed, threshold)
+    values = tl.load(x + row + column[None, :], mask=inside, other=0.0)
+    kept = _kept(row + start, seed, threshold, BLOCK_COLUMNS, EVEN)
     return tl.where(kept, values.to(tl.float32) * factor, 0.0).to(values.dtype)
 
 
 @triton.jit(do_not_specialize=["threshold"])
 def product_kernel(
     x, A, z, tokens, columns, rank, A_row, z_row, seed_at, threshold, factor,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """z `[tokens, rank]` = drop(x) Aᵀ, for contiguous x `[tokens, columns]` and A `[rank, columns]`."""
     seed = tl.load(seed_at)
@@ -71,7 +89,7 @@ def product_kernel(
     sums = tl.zeros((BLOCK_TOKENS, RANK), tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        values = _dropped(x, token, column, tokens, columns, seed, threshold, factor)
+        values = _dropped(x, token, start, tokens, columns, seed, threshold, factor, BLOCK_COLUMNS, EVEN)
         inside = (column < columns)[:, None] & (r < rank)[None, :]
         weights = tl.load(A + r[None, :] * A_row + column[:, None], mask=inside, other=0.0)
         sums = triton_products._add_product(values, weights, sums)
@@ -82,16 +100,17 @@ def product_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def gradient_kernel(
     h, x, partials, tokens, columns, rank, h_row, span, seed_at, threshold, factor,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """partials `[splits, rank, columns]`, float32: hᵀ drop(x) of `span` tokens each, for h `[tokens, rank]`."""
     seed = tl.load(seed_at)
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    first_column = tl.program_id(0) * BLOCK_COLUMNS
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
     r, begin = tl.arange(0, RANK), tl.program_id(1) * span
     sums = tl.zeros((RANK, BLOCK_COLUMNS), tl.float32)
     for start in range(begin, tl.minimum(begin + span, tokens), BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
-        values = _dropped(x, token, column, tokens, columns, seed, threshold, factor)
+        values = _dropped(x, token, first_column, tokens, columns, seed, threshold, factor, BLOCK_COLUMNS, EVEN)
         inside = (token < tokens)[None, :] & (r < rank)[:, None]
         gradient = tl.load(h + token[None, :].to(tl.int64) * h_row + r[:, None], mask=inside, other=0.0)
         sums = triton_products._add_product(gradient, values, sums)
@@ -102,15 +121,17 @@ def gradient_kernel(
 @triton.jit(do_not_specialize=["threshold"])
 def add_product_kernel(
     to, h, A, tokens, columns, rank, h_row, A_row, seed_at, threshold, factor,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, RANK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """to `[tokens, columns]`, contiguous, += drop(h A), where h A and what is dropped are rounded as by themselves."""
     seed = tl.load(seed_at)
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
     r = tl.arange(0, RANK)
     there = (token < tokens)[:, None] & (column < columns)[None, :]
-    number = token.to(tl.int64)[:, None] * columns + column[None, :]
+    row = token.to(tl.int64)[:, None] * columns
+    number = row + column[None, :]
     old = tl.load(to + number, mask=there, other=0.0)
     gradient = tl.load(
         h + token[:, None].to(tl.int64) * h_row + r[None, :], mask=(token < tokens)[:, None] & (r < rank)[None, :],
@@ -120,7 +141,8 @@ def add_product_kernel(
     weights = tl.load(A + r[:, None] * A_row + column[None, :], mask=inside, other=0.0)
     part = triton_products._add_product(gradient, weights, tl.zeros((BLOCK_TOKENS, BLOCK_COLUMNS), tl.float32))
     part = part.to(old.dtype).to(tl.float32) * factor
-    part = tl.where(_kept(number, seed, threshold), part, 0.0).to(old.dtype)
+    kept = _kept(row + first_column, seed, threshold, BLOCK_COLUMNS, EVEN)
+    part = tl.where(kept, part, 0.0).to(old.dtype)
     tl.store(to + number, (old.to(tl.float32) + part.to(tl.float32)).to(old.dtype), mask=there)
 
 
@@ -133,11 +155,6 @@ def takes_products(x: Tensor, other: Tensor) -> bool:
     return takes(x) and x.element_size() == 2 and x.is_contiguous() and x.dtype == other.dtype and other.stride(1) == 1
 
 
-def _random(seed: Tensor, threshold: int, factor: float) -> tuple:
-    """Seed, threshold and factor as the kernels take them: the threshold's 32 bits as a signed number."""
-    return seed, threshold - (threshold >> 31 << 32), factor
-
-
 def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
@@ -146,7 +163,7 @@ def run(x: Tensor, to: Tensor, seed: Tensor, threshold: int, factor: float, *, a
     """`to`, both contiguous and of one size and dtype."""
     if x.numel():
         triton_products.launch(
-            drop_kernel, (triton.cdiv(x.numel(), BLOCK),), x, x, to, x.numel(), *_random(seed, threshold, factor),
+            drop_kernel, (triton.cdiv(x.numel(), BLOCK),), x, x, to, x.numel(), seed, threshold, factor,
             ADD=add, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return to
@@ -158,8 +175,8 @@ def product(x: Tensor, A: Tensor, z: Tensor, seed: Tensor, threshold: int, facto
     if tokens:
         triton_products.launch(
             product_kernel, (triton.cdiv(tokens, 32),), x,
-            x, A, z, tokens, columns, rank, A.stride(0), z.stride(0), *_random(seed, threshold, factor),
-            BLOCK_TOKENS=32, BLOCK_COLUMNS=128, RANK=_padded(rank), num_warps=4, num_stages=4,
+            x, A, z, tokens, columns, rank, A.stride(0), z.stride(0), seed, threshold, factor,
+            BLOCK_TOKENS=32, BLOCK_COLUMNS=128, RANK=_padded(rank), EVEN=columns % 2 == 0, num_warps=4, num_stages=4,
         )  # fmt: skip
     return z
 
@@ -175,8 +192,8 @@ def gradient(h: Tensor, x: Tensor, seed: Tensor, threshold: int, factor: float) 
     partials = torch.empty(splits, rank, columns, dtype=torch.float32, device=x.device)
     triton_products.launch(
         gradient_kernel, (blocks, splits), x,
-        h, x, partials, tokens, columns, rank, h.stride(0), span, *_random(seed, threshold, factor),
-        BLOCK_TOKENS=64, BLOCK_COLUMNS=64, RANK=_padded(rank), num_warps=4, num_stages=3,
+        h, x, partials, tokens, columns, rank, h.stride(0), span, seed, threshold, factor,
+        BLOCK_TOKENS=64, BLOCK_COLUMNS=64, RANK=_padded(rank), EVEN=columns % 2 == 0, num_warps=4, num_stages=3,
     )  # fmt: skip
     return partials[0] if splits == 1 else partials.sum(0)
 
@@ -187,7 +204,7 @@ def add_product(to: Tensor, h: Tensor, A: Tensor, seed: Tensor, threshold: int, 
     if tokens:
         triton_products.launch(
             add_product_kernel, (triton.cdiv(tokens, 64), triton.cdiv(columns, 128)), to,
-            to, h, A, tokens, columns, rank, h.stride(0), A.stride(0), *_random(seed, threshold, factor),
-            BLOCK_TOKENS=64, BLOCK_COLUMNS=128, RANK=_padded(rank), num_warps=8,
+            to, h, A, tokens, columns, rank, h.stride(0), A.stride(0), seed, threshold, factor,
+            BLOCK_TOKENS=64, BLOCK_COLUMNS=128, RANK=_padded(rank), EVEN=columns % 2 == 0, num_warps=8,
         )  # fmt: skip
     return to

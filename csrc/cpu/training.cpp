@@ -78,7 +78,8 @@ void mask_gradient(const T* z, int64_t ldz, T* h, int64_t ldh, int64_t tokens, c
 
 // A counter-based generator: no state, so the backward pass makes the same choices again from the seed alone.
 // The finalizer is "lowbias32" (C. Wellons, Hash Function Prospector), once over the counter and once more with the
-// seed's other half in between.
+// seed's other half in between. It counts pairs of elements, for either of which 16 of its bits decide: hashing is most
+// of what dropout costs.
 inline uint32_t mix(uint32_t v) {
     v ^= v >> 16;
     v *= 0x7feb352du;
@@ -90,18 +91,27 @@ inline uint32_t mix(uint32_t v) {
 
 template <class T, bool add>
 void dropout(const T* x, T* out, uint64_t seed, uint32_t threshold, wide<T> scale, int64_t begin, int64_t end) {
+    static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the first of a pair has the lower bits");
+    using Half [[gnu::may_alias]] = uint16_t;
+    constexpr int64_t block = 512;
     const uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
+    alignas(64) uint32_t bits[block / 2];
     for (int64_t first = begin; first < end;) {
-        // The counter's upper half is constant over 2^32 elements; a counter of 32 bits, so that as many fit a vector.
-        const uint32_t start = uint32_t(first), left = uint32_t(std::min<int64_t>(end - first, 1 << 30));
-        const uint32_t count = uint32_t(std::min<uint64_t>(left, (uint64_t(1) << 32) - start));
-        const uint32_t key = high ^ (uint32_t(uint64_t(first) >> 32) * 0x9e3779b9u);
+        const uint64_t pair = uint64_t(first) / 2;
+        const int64_t skipped = first % 2;
+        // The counter's upper half is constant over 2^32 pairs; a counter of 32 bits, so that as many fit a vector.
+        const uint32_t start = uint32_t(pair), key = high ^ (uint32_t(pair >> 32) * 0x9e3779b9u);
+        const int64_t left = int64_t((uint64_t(1) << 32) - start);
+        const int64_t count = std::min({end - first, block - skipped, 2 * left - skipped});
+        const uint32_t pairs = uint32_t((skipped + count + 1) / 2);
+#pragma omp simd
+        for (uint32_t i = 0; i < pairs; ++i) bits[i] = mix(mix((start + i) ^ low) ^ key);
+        const Half* decides = reinterpret_cast<const Half*>(bits) + skipped;
         const T* from = x + first;
         T* to = out + first;
 #pragma omp simd
-        for (uint32_t i = 0; i < count; ++i) {
-            bool keep = mix(mix((start + i) ^ low) ^ key) >= threshold;
-            wide<T> value = keep ? to_float(from[i]) * scale : wide<T>(0);
+        for (int64_t i = 0; i < count; ++i) {
+            wide<T> value = decides[i] >= threshold ? to_float(from[i]) * scale : wide<T>(0);
             from_float(to + i, add ? to_float(to[i]) + value : value);
         }
         first += count;

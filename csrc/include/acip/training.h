@@ -26,7 +26,7 @@ struct Training {
                           void* sum, int64_t begin, int64_t end);
 
     // out[j] = keep(seed, j) ? x[j] * scale : 0, or with `add`, out[j] += that. Elements [begin, end).
-    // keep(seed, j): a hash of the element's number and the seed is not below `threshold` (see training.cpp).
+    // keep(seed, j): 16 bits of a hash of the element's number and the seed are not below `threshold` (see training.cpp).
     void (*dropout)(Dtype dtype, const void* x, void* out, bool add, uint64_t seed, uint32_t threshold, double scale,
                     int64_t begin, int64_t end);
 
