@@ -43,7 +43,8 @@ bench: $(VENV)/with-test
 NVCC := $(shell command -v nvcc)
 SANITIZER := $(shell command -v compute-sanitizer)
 GPU_MINUTES ?= 4
-KERNEL_TESTS := tests/test_fused_linear_triton.py tests/test_masked_svd_triton.py tests/test_quantized_linear.py tests/test_tune.py
+KERNEL_TESTS := tests/test_fused_linear_triton.py tests/test_masked_svd_triton.py tests/test_quantized_linear.py tests/test_tune.py \
+  tests/test_triton_dropout.py tests/test_elementwise_triton.py tests/test_captured.py
 gpu: $(VENV)/with-test $(if $(NVCC),$(VENV)/with-cuda)
 	status=0; \
 	$(BIN)/python -m pytest --numprocesses auto $(KERNEL_TESTS) tests/test_fused_linear_cuda.py || status=1; \

@@ -44,7 +44,7 @@ def use(model: nn.Module) -> str | None:
         if not multiplies_natively(parameter.dtype) or own != "sdpa" or not model._can_set_attn_implementation():
             return None
         model.set_attn_implementation(NAME)
-    elif not takes_norms(parameter[..., :1]):
+    elif not takes_norms(parameter.new_empty(1)):
         return None
     for module in model.modules():
         if is_norm(module):
