@@ -642,18 +642,21 @@ def main(
 
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"device must be cpu or cuda, got {device}")
+    loops_here = (GENERATE, STATIC, GRAPH) if device == "cuda" else (GENERATE, COMPILED)
+    if unknown := set(loop or ()) - set(loops_here):
+        raise typer.BadParameter(f"loop must be one of {', '.join(loops_here)} on {device}, got {', '.join(unknown)}")
     if device == "cuda":
         if not torch.cuda.is_available():
             raise typer.BadParameter("there is no GPU")
         name = MODELS[(model or ["llama8b"])[0]]
-        loops = tuple(loop or (GENERATE, STATIC, GRAPH))
+        loops = tuple(loop or loops_here)
         summary = main_gpu(name, checkpoint, tuple(ratio or (0.5,)), loops, tokens, rounds, variant, say)
     else:
         if checkpoint is not None:
             raise typer.BadParameter("--checkpoint goes with --device cuda")
         if not extension.available():
             say(f"there are no native kernels here, so nothing is fused or quantized: {extension.missing}")
-        settings = tuple(ratio or RATIOS), tuple(loop or (GENERATE, COMPILED)), variant, every, tokens, rounds, profiles
+        settings = tuple(ratio or RATIOS), tuple(loop or loops_here), variant, every, tokens, rounds, profiles
         results = [bench(MODELS[name], *settings, say) for name in model or ("smol", "llama")]
         summary = {
             "device": report.device_description("cpu")

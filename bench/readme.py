@@ -114,7 +114,9 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in summary["layers"]}))
             parts.append(f"One layer of Llama-3.1-8B's shapes (out × in), {tokens} tokens, forward and backward:\n")
             if "graph" in summary["layers"][0]:
-                parts[-1] = parts[-1].replace(":\n", "; “graph”: replays of a CUDA graph:\n")
+                other = summary["layers_measured"]["device"]
+                when = f"torch {other['torch']}, {other['date'][:16].replace('T', ' ')}"
+                parts[-1] = parts[-1].replace(":\n", f"; “graph”: replays of a CUDA graph; {when}:\n")
             parts.append(training_step.layers_table(summary["layers"]))
         profile = path.with_name(path.name.replace("training_step", "training_profile"))
         if profile.exists():

@@ -74,3 +74,12 @@ def test_without_a_gpu_it_says_so():
     app.command()(generate.main)
     result = typer.testing.CliRunner().invoke(app, ["--device", "cuda"])
     assert result.exit_code != 0 and "there is no GPU" in result.output
+
+
+def test_a_loop_of_another_device_is_refused():
+    import typer.testing
+
+    app = typer.Typer()
+    app.command()(generate.main)
+    done = typer.testing.CliRunner().invoke(app, ["--loop", generate.GRAPH, "--no-store"])
+    assert done.exit_code == 2 and "loop must be one of generate, compiled loop on cpu" in " ".join(done.output.split())

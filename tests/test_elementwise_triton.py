@@ -125,8 +125,11 @@ def test_a_model_trains_with_them(monkeypatch):
     calls.clear()
     actual = loss()
     assert calls.count("rms_norm") == 5 and calls.count("gated_silu") == 2
-    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
-    torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-6)
+    # Sums in float32 one behind the other: of two layers' products (q, k, v, o, gate, up: 32 terms; down: 48), five
+    # norms and the head of 32; the gradient adds 18 tokens besides, of either sign: hence of its largest number.
+    bound = (2 * (6 * 32 + 48) + 6 * 32 + 18) * torch.finfo(torch.float32).eps
+    assert actual[0] == pytest.approx(expected[0], rel=bound)
+    assert (actual[1] - expected[1]).abs().max() <= bound * expected[1].abs().max()
     training.restore(model, own)
     calls.clear()
     assert loss()[0] == expected[0] and not calls

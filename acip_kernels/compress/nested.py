@@ -389,7 +389,7 @@ class NestedTraining:
         total = torch.zeros((), device=self.device)
         for batch, ratio in zip(seeded(batches, seeds, self.device), ratios, strict=True):
             inputs = with_labels(batch, self.device)
-            if self.passes.enabled:
+            if self.passes.enabled and self.config.distillation:
                 inputs["counted"] = counted_tokens(inputs["labels"])
             total += self.passes(inputs, len(batches) * self.processes.size, ratio)
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
