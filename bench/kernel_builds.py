@@ -203,10 +203,10 @@ class Launch:
     registers: int | None
 
     def build(self) -> aot.Build:
-        from acip_kernels.ops import gated_silu, rms_norm, triton_dropout, triton_products
+        from acip_kernels.ops import gated_silu, rms_norm, rotary, triton_dropout, triton_products
         from acip_kernels.ops.fused_linear import triton
 
-        modules = triton, triton_products, triton_dropout, gated_silu.triton, rms_norm.triton
+        modules = triton, triton_products, triton_dropout, gated_silu.triton, rms_norm.triton, rotary.triton
         kernel = next(kernel for module in modules if (kernel := getattr(module, self.kernel, None)) is not None)
         options = {} if self.registers is None else {"maxnreg": self.registers}
         return aot.build(

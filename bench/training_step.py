@@ -723,6 +723,7 @@ def bench_layers(
 def _bench_layer(device, dropout, tokens, rounds, ratios, two_products_ratios, dtype, out, in_) -> list[dict]:
     # Imported here, as in `Ours`.
     from acip_kernels.compress.step import filled_up, rank_multiple
+    from acip_kernels.ops.dropout import StaticSeeds
 
     k = min(out, in_)
 
@@ -767,7 +768,7 @@ def _bench_layer(device, dropout, tokens, rounds, ratios, two_products_ratios, d
             forward_and_backward(layer, autocast=name != "ours")
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with StaticSeeds(device, 1), torch.cuda.graph(graph):
             forward_and_backward(layer, autocast=name != "ours")
         return graph.replay
 

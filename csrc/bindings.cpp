@@ -250,6 +250,53 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     return RmsNorm::apply(x, weight, eps);
 }
 
+struct Rotary : torch::autograd::Function<Rotary> {
+    static constexpr const char* name = "acip::rotary";
+
+    static Tensor run(const Tensor& given, const Tensor& cos, const Tensor& sin, bool back) {
+        Tensor x = given.stride(-1) == 1 ? given : given.contiguous();
+        int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), width = x.size(3);
+        // By tokens, as a projection makes it: then the way back to its output is a view.
+        Tensor y = at::empty({batch, tokens, heads, width}, x.options());
+        auto batch_stride = [](const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : 0; };
+        at::parallel_for(0, batch * tokens, std::max<int64_t>(1, kGrain / 2 / std::max<int64_t>(heads * width, 1)),
+                         [&](int64_t begin, int64_t end) {
+                             chosen->rotary(dtype_of(x), x.const_data_ptr(), x.strides().data(), cos.const_data_ptr(),
+                                            batch_stride(cos), sin.const_data_ptr(), batch_stride(sin),
+                                            y.mutable_data_ptr(), heads, tokens, width / 2, back, begin, end);
+                         });
+        return y.transpose(1, 2);
+    }
+
+    static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& given_cos, const Tensor& given_sin) {
+        Tensor cos = given_cos.contiguous(), sin = given_sin.contiguous();
+        context->save_for_backward({cos, sin});
+        return run(x, cos, sin, false);
+    }
+
+    static std::vector<Tensor> backward(AutogradContext* context, std::vector<Tensor> gradients) {
+        refuse_second_derivative(name);
+        auto saved = context->get_saved_variables();
+        return {run(gradients[0], saved[0], saved[1], true), Tensor(), Tensor()};
+    }
+};
+
+Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+    TORCH_CHECK(x.device().is_cpu() && cos.device().is_cpu() && sin.device().is_cpu(),
+                "rotary: tensors must be on the CPU");
+    TORCH_CHECK(x.dim() == 4 && x.size(3) % 2 == 0, "rotary: x must be [batch, heads, tokens, width], width even, got ",
+                x.sizes());
+    for (const Tensor* t : {&cos, &sin}) {
+        TORCH_CHECK(t->dim() == 3 && (t->size(0) == 1 || t->size(0) == x.size(0)) && t->size(1) == x.size(2) &&
+                        t->size(2) == x.size(3) && t->scalar_type() == x.scalar_type(),
+                    "rotary: cos and sin must be [batch or 1, tokens, width] in x's dtype, got ", t->toString(), " ",
+                    t->sizes(), " for x ", x.toString(), " ", x.sizes());
+        TORCH_CHECK(!(t->requires_grad() && at::GradMode::is_enabled()), "rotary: there is no gradient for cos and sin");
+    }
+    dtype_of(x);  // refuses what the kernels do not take
+    return Rotary::apply(x, cos, sin);
+}
+
 struct GatedSilu : torch::autograd::Function<GatedSilu> {
     static constexpr const char* name = "acip::gated_silu";
 
@@ -775,6 +822,7 @@ TORCH_LIBRARY_FRAGMENT(acip, m) {
     m.def("causal_softmax_(Tensor(a!) scores, int block, float scale, Tensor? log_sums) -> Tensor");
     m.def("softmax_gradient_(Tensor(a!) dp, Tensor p, int block, float scale) -> ()");
     m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", rms_norm);
+    m.def("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor", rotary);
     m.def("gated_silu(Tensor gate, Tensor up) -> Tensor", gated_silu);
     m.def("fused_linear(Tensor x, Tensor[] tensors, int[] spec, int mode) -> Tensor");
 }

@@ -278,11 +278,11 @@ def test_transformers_does_not_look_for_packed_sequences(monkeypatch):
     want = made(input_ids=ids, use_cache=False).logits
     assert asked
     asked.clear()
-    with training.unpacked({"input_ids": ids}):
+    with training.functions({"input_ids": ids}):
         assert torch.equal(made(input_ids=ids, use_cache=False).logits, want)
     assert not asked
     positions = torch.arange(16, device=DEVICE)[None]
-    with training.unpacked({"input_ids": ids, "position_ids": positions}):
+    with training.functions({"input_ids": ids, "position_ids": positions}):
         made(input_ids=ids, position_ids=positions, use_cache=False)
     assert asked
     assert masking_utils.find_packed_sequence_indices is not real  # what was there before

@@ -1,7 +1,8 @@
-"""RMS norm and SwiGLU on a GPU, or in Triton's interpreter where there is none, against the formulas in float64."""
+"""RMS norm, SwiGLU and rotations on a GPU, or in Triton's interpreter where there is none, against the formulas in float64."""
 
 import operators
 import pytest
+import test_rotary
 import torch
 from operators import assert_within, error_bound
 from toys import VOCABULARY, llama
@@ -15,6 +16,7 @@ from acip_kernels.ops.gated_silu.triton import GatedSilu
 from acip_kernels.ops.rms_norm import op as norm_op
 from acip_kernels.ops.rms_norm import reference as norm_reference
 from acip_kernels.ops.rms_norm.triton import RmsNorm
+from acip_kernels.ops.rotary.triton import Rotary
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -73,6 +75,19 @@ def test_gated_silu(shape, dtype):
     assert_within(error_bound(dtype, magnitude, roundings=ROUNDINGS, sums=12) + rest, dup, exact_dup, "dup")
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*test_rotary.SHAPES, (2, 40, 3, 200)], ids=str)
+def test_rotations(shape, dtype, shared):
+    arguments = [tensor.to(DEVICE) for tensor in test_rotary.problem(*shape, dtype, shared=shared)]
+    test_rotary.check(Rotary.apply, *arguments, roundings=ROUNDINGS)
+    x, cos, sin, g = arguments
+    other = x.transpose(1, 2).contiguous().transpose(1, 2), cos, sin, g.mT.contiguous().mT
+    one, two = (test_rotary.run(Rotary.apply, *some) for some in (arguments, other))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert one[0].transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_of_other_strides(dtype):
     wide = numbers(6, 40, dtype=dtype, seed=0)
@@ -90,7 +105,8 @@ def test_memory_of_other_strides(dtype):
 def test_a_second_derivative_is_refused():
     x = numbers(3, 8, dtype=torch.float32, seed=0).requires_grad_()
     weight = numbers(8, dtype=torch.float32, seed=1)
-    for y in (RmsNorm.apply(x, weight, EPS), GatedSilu.apply(x, x)):
+    cos = numbers(1, 3, 8, dtype=torch.float32, seed=2)
+    for y in (RmsNorm.apply(x, weight, EPS), GatedSilu.apply(x, x), Rotary.apply(x[None, None], cos, cos)):
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dx.sum().backward()

@@ -77,10 +77,11 @@ def compile_all():
 
 
 def compile_elementwise():
-    """`[(kernel, target, build)]` of what a training step does between products: a norm, SwiGLU, dropout."""
+    """`[(kernel, target, build)]` of what a training step does between products: norm, SwiGLU, rotation, dropout."""
     from acip_kernels.ops import triton_dropout
     from acip_kernels.ops.gated_silu.triton import GatedSilu
     from acip_kernels.ops.rms_norm.triton import RmsNorm
+    from acip_kernels.ops.rotary.triton import Rotary
     from bench import kernel_builds
 
     def numbers(*shape):
@@ -91,6 +92,9 @@ def compile_elementwise():
         norm.backward(torch.empty_like(norm))
         gated = GatedSilu.apply(numbers(4096, 5632), numbers(4096, 5632))
         gated.backward(torch.empty_like(gated))
+        cos = numbers(1, 1024, 64).detach()
+        turned = Rotary.apply(numbers(4, 1024, 32, 64).transpose(1, 2), cos, cos)
+        turned.backward(torch.empty_like(turned))
         x, seed = numbers(4096, 2048).detach(), kernel_builds.meta((1,), torch.int64)
         triton_dropout.run(x, x, seed, 1 << 15, 2.0, add=True)
 
@@ -118,7 +122,7 @@ def builds(all_builds):
 
 
 def test_what_lies_between_products_reads_and_writes_16_bytes_at_a_time(all_builds):
-    assert len(all_builds[1]) == 5 * len(TARGETS)
+    assert len(all_builds[1]) == 7 * len(TARGETS)
     for kernel, target, build in all_builds[1]:
         where = f"{kernel}: {build}"
         assert build.spills == 0 and build.registers <= (512 if target == "gfx942" else 255), where

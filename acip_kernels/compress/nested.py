@@ -346,7 +346,7 @@ class NestedTraining:
         self.passes = Passes(
             self._run, enabled=graphs and not config.shard, whole=self._run_anew, failed=self._forget_updates
         )
-        self._attention = training.use(model)
+        self._attention, self._rotations = training.use(model), training.rotations(model)
         model.train()
 
     @contextlib.contextmanager
@@ -408,9 +408,9 @@ class NestedTraining:
         """Forward and backward pass of one batch of `parts`; its part of the mean loss, without a graph."""
         self.set_size(ratio)
         tokens = {key: value for key, value in inputs.items() if key != "counted"}
-        with training.unpacked(tokens):
+        with training.functions(tokens, self._rotations):
             loss = self.loss(tokens, inputs.get("counted")) / parts
-        loss.backward()
+            loss.backward()
         return loss.detach()
 
     def _run_anew(self, inputs: dict, parts: int, ratio: float) -> Tensor:

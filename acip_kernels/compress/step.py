@@ -94,7 +94,7 @@ class TrainingStep:
         # Layers on the effective route, and the adapters' copies among the factors: known until the next compaction.
         self.effective: list[SVDLinear] = []
         self._copies: list[tuple[Tensor, Tensor]] | None = None
-        self._attention = training.use(model)
+        self._attention, self._rotations = training.use(model), training.rotations(model)
         # Checkpointing looks at the state of the GPU's generator, which waits for it.
         graphs = config.cuda_graph and self.device.type == "cuda" and not config.gradient_checkpointing
         self.passes = Passes(
@@ -155,9 +155,9 @@ class TrainingStep:
 
     def _run(self, inputs: dict, parts: int) -> Tensor:
         """Forward and backward pass of one batch of `parts`; its part of the mean loss, without a graph."""
-        with training.unpacked(inputs):
+        with training.functions(inputs, self._rotations):
             loss = self.loss(inputs) / parts
-        loss.backward()
+            loss.backward()
         return loss.detach()
 
     def _run_and_collect(self, inputs: dict, parts: int) -> Tensor:

@@ -1,14 +1,18 @@
-"""What a transformers model computes by kernels of ours while it is trained: RMS norms, SwiGLU, on a CPU attention too.
+"""What a transformers model computes by kernels of ours while it is trained: norms, SwiGLU, rotations; attention on a CPU.
 
 Modules, parameters and the state stay as they are. Attention is a function that transformers looks up by name; norms
-and gated MLPs get a `forward` of the instance, where trying has shown that the module's own computes the same. Where
-the kernels do not apply (under `torch.compile`, a norm whose weight learns), modules compute what they always did.
+and gated MLPs get a `forward` of the instance, where trying has shown that the module's own computes the same; so it is
+with rotations, a function of the module that defines a model, which is ours during its passes alone. Where the kernels
+do not apply (under `torch.compile`, a norm whose weight learns), modules compute what they always did.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import sys
+import types
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,9 +29,14 @@ from ..ops.gated_silu.op import gated_silu
 from ..ops.gated_silu.op import takes as takes_gates
 from ..ops.rms_norm.op import rms_norm
 from ..ops.rms_norm.op import takes as takes_norms
+from ..ops.rotary import reference as rotary_reference
+from ..ops.rotary.op import rotary
+from ..ops.rotary.op import takes as takes_rotations
 from .fuse import MLP, is_silu
 
 NAME = "acip_training"
+# As transformers calls it in the modules of its models.
+ROTATE = "apply_rotary_pos_emb"
 
 
 def use(model: nn.Module) -> str | None:
@@ -66,26 +75,78 @@ def restore(model: nn.Module, name: str | None) -> None:
 
 
 @contextlib.contextmanager
-def unpacked(inputs: dict) -> Iterator[None]:
-    """Within it transformers does not look whether sequences are packed into the rows of `inputs`, by positions alone.
+def functions(inputs: dict, modules: tuple[types.ModuleType, ...] = ()) -> Iterator[None]:
+    """Within it transformers computes by other functions; it is for the forward and backward pass of `inputs`.
 
-    Which they are not if no positions are given. It would wait for a GPU to say so; and while a CUDA graph is captured,
-    where it cannot, it makes a mask, with which attention is slower.
+    The rotations of `modules` (see `rotations`) are ours. And it does not look whether sequences are packed into the
+    rows of `inputs`, by positions alone, which they are not if no positions are given: it would wait for a GPU to say
+    so; and while a CUDA graph is captured, where it cannot, it makes a mask, with which attention is slower.
     """
-    name = "find_packed_sequence_indices"
-    held = getattr(masking_utils, name, None)
-    if "position_ids" in inputs or held is None:
-        yield
-        return
-    setattr(masking_utils, name, _no_sequences)
+    own = [(module, ROTATE, _rotation(getattr(module, ROTATE))) for module in modules]
+    packed = "find_packed_sequence_indices"
+    if "position_ids" not in inputs and hasattr(masking_utils, packed):
+        own.append((masking_utils, packed, _no_sequences))
+    held = [(module, name, getattr(module, name)) for module, name, _ in own]
     try:
+        for where in own:
+            setattr(*where)
         yield
     finally:
-        setattr(masking_utils, name, held)
+        for where in held:
+            setattr(*where)
 
 
 def _no_sequences(position_ids: Tensor) -> None:
     """None are packed. One function for ever: another one each time would be compiled anew by torch.compile."""
+
+
+# ---- rotations
+
+
+def rotations(model: nn.Module) -> tuple[types.ModuleType, ...]:
+    """The modules with `model`'s code whose function for rotations computes what `rotary` does; it is tried."""
+    parameter = next(model.parameters(), None)
+    if not isinstance(model, PreTrainedModel) or parameter is None or not takes_rotations(parameter.new_empty(1)):
+        return ()
+    if parameter.device.type == "cpu" and not multiplies_natively(parameter.dtype):
+        return ()
+    names = dict.fromkeys(type(module).__module__ for module in model.modules())
+    found = (sys.modules[name] for name in names if name in sys.modules)
+    return tuple(module for module in found if is_rotation(getattr(module, ROTATE, None)))
+
+
+@torch.no_grad()
+def is_rotation(function: Callable | None) -> bool:
+    """Whether `function(q, k, cos, sin)` is `rotary` of both."""
+    if function is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 3, 5, 8, generator=generator), torch.randn(2, 1, 5, 8, generator=generator)
+    cos, sin = torch.randn(2, 2, 5, 8, generator=generator)
+    try:
+        rotated = function(q, k, cos, sin)
+        expected = [rotary_reference.forward(x, cos, sin) for x in (q, k)]
+        return len(rotated) == 2 and all(map(torch.allclose, rotated, expected))
+    except Exception:  # a function of another kind, whatever it is
+        return False
+
+
+@functools.cache
+def _rotation(own: Callable) -> Callable:
+    """What stands in for a model's function `own`, and leaves to it what is not for the kernels. One for ever, as above."""
+
+    def rotate(q, k, cos, sin, *others, **options):
+        if (
+            others
+            or options
+            or torch.compiler.is_compiling()
+            or not all(type(x) is Tensor and x.dim() == 4 and takes_rotations(x) for x in (q, k))
+            or not (cos.dim() == sin.dim() == 3 and q.dtype == k.dtype == cos.dtype == sin.dtype)
+        ):
+            return own(q, k, cos, sin, *others, **options)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    return rotate
 
 
 # ---- attention

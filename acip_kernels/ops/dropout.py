@@ -16,26 +16,25 @@ except ImportError:  # a machine without Triton
 _WORD = 0xFFFFFFFF
 
 
-def keeps(seed: int, elements: int, p: float, device: torch.device | str = "cpu") -> Tensor:
+def keeps(seed: int | Tensor, elements: int, p: float, device: torch.device | str = "cpu") -> Tensor:
     """Which of `elements` are kept, bool `[elements]`: a hash of the element's number and the 64-bit `seed`.
 
     Every element is kept with probability `1 - p`, rounded to a multiple of 2^-16. The hash is "lowbias32" of
-    C. Wellons's Hash Function Prospector, twice, with a half of the seed before each. It is one of pairs of elements:
-    its lower 16 bits decide for the first of a pair, the others for the second.
+    C. Wellons's Hash Function Prospector, over multiples of an odd number, with a half of the seed added to them and the
+    other one between its multiplications: seeds have to be random numbers, in both halves, for choices to have nothing
+    to do with each other. It is one of pairs of elements: its lower 16 bits decide for the first of a pair, the others
+    for the second. A seed may be an int64 `[1]` on `device`, of which nobody then waits for the number.
     """
     number = torch.arange(elements, dtype=torch.int64, device=device)
     pair = number >> 1
     key = (seed >> 32 & _WORD) ^ (pair >> 32) * 0x9E3779B9 & _WORD
-    bits = _mix(_mix(pair & _WORD ^ seed & _WORD) ^ key)
+    bits = (pair & _WORD) * 0x9E3779B1 + seed & _WORD
+    bits = bits ^ bits >> 16
+    bits = bits * 0x7FEB352D & _WORD ^ key
+    bits = bits ^ bits >> 15
+    bits = bits * 0x846CA68B & _WORD
+    bits = bits ^ bits >> 16
     return torch.where(number % 2 == 0, bits & 0xFFFF, bits >> 16) >= threshold(p)
-
-
-def _mix(v: Tensor) -> Tensor:
-    v = v ^ v >> 16
-    v = v * 0x7FEB352D & _WORD
-    v = v ^ v >> 15
-    v = v * 0x846CA68B & _WORD
-    return v ^ v >> 16
 
 
 def threshold(p: float) -> int:
@@ -97,7 +96,7 @@ def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
         return torch.ops.acip.dropout(x, int(seed), threshold(p), 1 / (1 - p))
     if triton_dropout is not None and triton_dropout.takes(x):
         return triton_dropout.run(x, torch.empty_like(x), seed.to(x.device), threshold(p), 1 / (1 - p), add=False)
-    kept = keeps(int(seed), x.numel(), p, x.device).view(x.shape)
+    kept = keeps(seed.to(x.device), x.numel(), p, x.device).view(x.shape)
     return torch.where(kept, x * (1 / (1 - p)), 0).to(x.dtype)
 
 

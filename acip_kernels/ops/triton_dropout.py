@@ -16,15 +16,7 @@ from torch import Tensor
 from . import triton_products
 
 BLOCK = 2048
-
-
-@triton.jit
-def _mix(v):
-    v = v ^ (v >> 16)
-    v = v * 0x7FEB352D
-    v = v ^ (v >> 15)
-    v = v * 0x846CA68B
-    return v ^ (v >> 16)
+PROGRAMS = 512
 
 
 @triton.jit
@@ -32,7 +24,12 @@ def _bits(pair, seed):
     """The hash that decides for a pair of elements. pair, seed: int64."""
     low, high = pair.to(tl.uint32), (pair >> 32).to(tl.uint32)
     key = (seed >> 32).to(tl.uint32) ^ (high * 0x9E3779B9)
-    return _mix(_mix(low ^ seed.to(tl.uint32)) ^ key)
+    v = low * 0x9E3779B1 + seed.to(tl.uint32)
+    v = v ^ (v >> 16)
+    v = v * 0x7FEB352D ^ key
+    v = v ^ (v >> 15)
+    v = v * 0x846CA68B
+    return v ^ (v >> 16)
 
 
 @triton.jit
@@ -174,9 +171,9 @@ def product(x: Tensor, A: Tensor, z: Tensor, seed: Tensor, threshold: int, facto
     (tokens, columns), rank = x.shape, len(A)
     if tokens:
         triton_products.launch(
-            product_kernel, (triton.cdiv(tokens, 32),), x,
+            product_kernel, (triton.cdiv(tokens, 16),), x,
             x, A, z, tokens, columns, rank, A.stride(0), z.stride(0), seed, threshold, factor,
-            BLOCK_TOKENS=32, BLOCK_COLUMNS=128, RANK=_padded(rank), EVEN=columns % 2 == 0, num_warps=4, num_stages=4,
+            BLOCK_TOKENS=16, BLOCK_COLUMNS=256, RANK=_padded(rank), EVEN=columns % 2 == 0, num_warps=4, num_stages=3,
         )  # fmt: skip
     return z
 
@@ -186,7 +183,7 @@ def gradient(h: Tensor, x: Tensor, seed: Tensor, threshold: int, factor: float) 
     (tokens, columns), rank = x.shape, h.shape[1]
     blocks = triton.cdiv(columns, 64)
     # About four programs for each multiprocessor of a large GPU; the splits are added in one order.
-    splits = max(1, min(512 // blocks, tokens // 256))
+    splits = max(1, min(PROGRAMS // blocks, tokens // 256))
     span = triton.cdiv(triton.cdiv(tokens, splits), 64) * 64 or 64
     splits = max(1, triton.cdiv(tokens, span))
     partials = torch.empty(splits, rank, columns, dtype=torch.float32, device=x.device)

@@ -51,11 +51,14 @@ def _inside(ROWS: tl.constexpr, row_stride, COLUMNS: tl.constexpr, column_stride
 
 
 @triton.jit
-def _scales(S, mask, column, columns, ADAPTER_RANK: tl.constexpr):
-    """`S ⊙ β` at `column` (of an adapter's it is 0, as it is past the last), float32."""
+def _scales(S, mask, rows, column, columns, ADAPTER_RANK: tl.constexpr):
+    """`S ⊙ β` at `column` (of an adapter's it is 0, as it is past the last), float32; the mask's at `rows`, if given."""
     own = (column >= ADAPTER_RANK) & (column < columns)
-    live = tl.load(mask + column - ADAPTER_RANK, mask=own, other=0.0) > 0
-    return tl.where(live, tl.load(S + column - ADAPTER_RANK, mask=own, other=0.0), 0.0)
+    at = column - ADAPTER_RANK
+    values = tl.load(S + at, mask=own, other=0.0)
+    if rows is not None:
+        at = tl.load(rows + at, mask=own, other=0)
+    return tl.where(tl.load(mask + at, mask=own, other=0.0) > 0, values, 0.0)
 
 
 @triton.jit
@@ -125,7 +128,7 @@ def _dequantized(
 # tensor cores. Scaled columns of U would be 2 n R b, and rounded once more.
 @triton.jit
 def forward_kernel(
-    z, U, U_scales, U_zeros, groups, S, mask, bias, place, y, kept,
+    z, U, U_scales, U_zeros, groups, S, mask, rows, bias, place, y, kept,
     tokens, columns, depth, z_row, z_column, U_row, U_column, y_row, scaling,
     KIND: tl.constexpr, GROUP: tl.constexpr, ADAPTER_RANK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -149,7 +152,7 @@ def forward_kernel(
         rank = start + step
         values = tl.load(z_tile, mask=(token[:, None] < tokens) & (rank[None, :] < depth), other=0.0)
         if S is not None:
-            scales = _scales(S, mask, rank, depth, ADAPTER_RANK)
+            scales = _scales(S, mask, rows, rank, depth, ADAPTER_RANK)
             values = _scale(values, scales, rank, scaling, ADAPTER_RANK).to(values.dtype)
         ranks_inside, columns_inside = rank[:, None] < depth, column[None, :] < columns
         if KIND == 0:
@@ -185,13 +188,13 @@ def forward_kernel(
 
 @triton.jit
 def _finish(
-    h, z, S, mask, hs, partials, at_token, at_column, column, inside, columns, z_row, z_column, scaling,
+    h, z, S, mask, rows, hs, partials, at_token, at_column, column, inside, columns, z_row, z_column, scaling,
     ADAPTER_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What `backward_kernel` makes of a tile of `h`, float32."""
     scaled = h
     if S is not None:
-        scales = _scales(S, mask, column, columns, ADAPTER_RANK)
+        scales = _scales(S, mask, rows, column, columns, ADAPTER_RANK)
         scaled = _scale(h, scales, column, scaling, ADAPTER_RANK)
     if hs is not None:
         to = _at(hs, at_token, BLOCK_TOKENS, columns) + at_column * BLOCK_COLUMNS
@@ -209,7 +212,7 @@ def _finish(
 
 @triton.jit
 def backward_kernel(
-    g, U, U_scales, U_zeros, groups, z, S, mask, hs, partials,
+    g, U, U_scales, U_zeros, groups, z, S, mask, rows, hs, partials,
     tokens, columns, depth, g_row, g_column, U_row, U_column, z_row, z_column, scaling,
     KIND: tl.constexpr, GROUP: tl.constexpr, ADAPTER_RANK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -243,21 +246,21 @@ def backward_kernel(
         U_tile += BLOCK_K * U_row
     inside = (token[:, None] < tokens) & (column[None, :] < columns)
     _finish(
-        h, z, S, mask, hs, partials, at_token, at_column, column, inside, columns, z_row, z_column, scaling,
+        h, z, S, mask, rows, hs, partials, at_token, at_column, column, inside, columns, z_row, z_column, scaling,
         ADAPTER_RANK, BLOCK_TOKENS, BLOCK_COLUMNS,
     )  # fmt: skip
 
 
 @triton.jit
 def scale_kernel(
-    z, S, mask, zs, tokens, columns, z_row, z_column, scaling,
+    z, S, mask, rows, zs, tokens, columns, z_row, z_column, scaling,
     ADAPTER_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`zs [tokens, columns] = z ⊙ s`, contiguous: the pass of `forward_kernel` by itself."""
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     column = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = (token[:, None] < tokens) & (column[None, :] < columns)
-    scales = _scales(S, mask, column, columns, ADAPTER_RANK)
+    scales = _scales(S, mask, rows, column, columns, ADAPTER_RANK)
     row = token[:, None].to(tl.int64)
     values = tl.load(z + row * z_row + column[None, :] * z_column, mask=inside, other=0.0)
     scaled = _scale(values, scales, column, scaling, ADAPTER_RANK)
@@ -266,7 +269,7 @@ def scale_kernel(
 
 @triton.jit
 def scale_and_reduce_kernel(
-    h, z, S, mask, hs, partials, tokens, columns, h_row, h_column, z_row, z_column, scaling,
+    h, z, S, mask, rows, hs, partials, tokens, columns, h_row, h_column, z_row, z_column, scaling,
     ADAPTER_RANK: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """What `backward_kernel` does beside its product, for an `h [tokens, columns]` that is there already."""
@@ -277,7 +280,7 @@ def scale_and_reduce_kernel(
     at = token[:, None].to(tl.int64) * h_row + column[None, :] * h_column
     tile = tl.load(h + at, mask=inside, other=0.0).to(tl.float32)
     _finish(
-        tile, z, S, mask, hs, partials, at_token, at_column, column, inside, columns, z_row, z_column, scaling,
+        tile, z, S, mask, rows, hs, partials, at_token, at_column, column, inside, columns, z_row, z_column, scaling,
         ADAPTER_RANK, BLOCK_TOKENS, BLOCK_COLUMNS,
     )  # fmt: skip
 
@@ -374,9 +377,12 @@ def gather_kernel(
 # microseconds for a few kilobytes; and torch's order of adding may change with its version.
 @triton.jit
 def mask_gradient_kernel(
-    partials, S, mask, dmask, blocks, ranks, mask_scale, BLOCK_ROWS: tl.constexpr, BLOCK_RANKS: tl.constexpr
+    partials, S, mask, rows, dmask, blocks, ranks, mask_scale, BLOCK_ROWS: tl.constexpr, BLOCK_RANKS: tl.constexpr
 ):
-    """`∂L/∂mask [ranks] = 1[mask > 0] · S · Σ_blocks partials / mask_scale`, for `partials [blocks, ranks]`."""
+    """`∂L/∂mask [ranks] = 1[mask > 0] · S · Σ_blocks partials / mask_scale`, for `partials [blocks, ranks]`.
+
+    Of a longer mask, at `rows [ranks]` of it, if they are not None.
+    """
     rank = tl.program_id(0) * BLOCK_RANKS + tl.arange(0, BLOCK_RANKS)
     row = tl.arange(0, BLOCK_ROWS)
     inside = rank < ranks
@@ -384,8 +390,10 @@ def mask_gradient_kernel(
     for start in range(0, blocks, BLOCK_ROWS):
         at = (start + row).to(tl.int64)[:, None] * ranks + rank[None, :]
         sums += tl.load(partials + at, mask=(start + row < blocks)[:, None] & inside[None, :], other=0.0)
-    live = tl.load(mask + rank, mask=inside, other=0.0) > 0
     total = tl.sum(sums, 0) * tl.load(S + rank, mask=inside, other=0.0) / mask_scale
+    if rows is not None:
+        rank = tl.load(rows + rank, mask=inside, other=0)
+    live = tl.load(mask + rank, mask=inside, other=0.0) > 0
     tl.store(dmask + rank, tl.where(live, total, 0.0), mask=inside)
 
 
@@ -507,6 +515,7 @@ def forward_product(
     scaling: float = 1.0,
     config: ProductConfig | None = None,
     *,
+    rows: Tensor | None = None,
     place: Tensor | None = None,
     y: Tensor | None = None,
     kept: Tensor | None = None,
@@ -514,7 +523,7 @@ def forward_product(
     """`y [tokens, out] = (z ⊙ s) Uᵀ + bias`, for `z [tokens, depth]` and `U [out, depth]` of any strides, or quantized.
 
     `S` and `mask` `[depth - adapter_rank]`, float32; `s` is `scaling` for an adapter's, `S ⊙ β` for the rest; without
-    `S` it is one. place, int32 `[out]`: at which column of `y`, then given, each output goes; kept: see the kernel.
+    `S` it is one. rows, int64 like `S`: `mask` is a longer one, of which it has these. place, int32 `[out]`: at which column of `y`, then given, each output goes; kept: see the kernel.
     """
     U, weight, constants = _weight(U, z)
     (tokens, depth), columns = z.shape, U.rows
@@ -526,7 +535,7 @@ def forward_product(
     grid = (triton.cdiv(tokens, config.block_tokens) * triton.cdiv(columns, config.block_columns),)
     S, mask, bias = (None if t is None else t.contiguous() for t in (S, mask, bias))
     launch(
-        forward_kernel, grid, z, z, *weight, S, mask, bias, place, y, kept,
+        forward_kernel, grid, z, z, *weight, S, mask, rows, bias, place, y, kept,
         tokens, columns, depth, *z.stride(), *weight[0].stride(), y.stride(0), scaling,
         **constants, ADAPTER_RANK=adapter_rank, **options(config),
     )  # fmt: skip
@@ -544,8 +553,9 @@ def backward_product(
     scaling: float = 1.0,
     need_hs: bool = True,
     config: ProductConfig | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """With `h = g U`: `h ⊙ s [tokens, columns]`, or None, and the mask's gradient `[columns - adapter_rank]`.
+    """With `h = g U`: `h ⊙ s [tokens, columns]`, or None, and the mask's gradient, of its own size.
 
     `g [tokens, out]`, `U [out, columns]` and `z [tokens, columns]` of any strides; the others as `forward_product`'s.
     Without `S`, `h` and no gradient.
@@ -567,24 +577,26 @@ def backward_product(
     if tokens:
         launch(
             backward_kernel, (blocks * triton.cdiv(columns, config.block_columns),), g,
-            g, *weight, z, S, mask, hs, partials,
+            g, *weight, z, S, mask, rows, hs, partials,
             tokens, columns, depth, *g.stride(), *weight[0].stride(), *z_strides, scaling,
             **constants, ADAPTER_RANK=adapter_rank, **options(config),
         )  # fmt: skip
-    return hs, None if S is None else _mask_gradient(partials, S, mask, mask_scale)
+    return hs, None if S is None else _mask_gradient(partials, S, mask, rows, mask_scale)
 
 
 # Of a pass by itself.
 PASS_BLOCKS = {"BLOCK_TOKENS": 64, "BLOCK_COLUMNS": 64}
 
 
-def scale(z: Tensor, S: Tensor, mask: Tensor, adapter_rank: int = 0, scaling: float = 1.0) -> Tensor:
+def scale(
+    z: Tensor, S: Tensor, mask: Tensor, adapter_rank: int = 0, scaling: float = 1.0, rows: Tensor | None = None
+) -> Tensor:
     """`z ⊙ s`, contiguous; arguments as `forward_product`'s."""
     zs = torch.empty_like(z, memory_format=torch.contiguous_format)
     if zs.numel():
         grid = tuple(triton.cdiv(size, block) for size, block in zip(z.shape, PASS_BLOCKS.values()))
         launch(
-            scale_kernel, grid, z, z, S.contiguous(), mask.contiguous(), zs, *z.shape, *z.stride(), scaling,
+            scale_kernel, grid, z, z, S.contiguous(), mask.contiguous(), rows, zs, *z.shape, *z.stride(), scaling,
             ADAPTER_RANK=adapter_rank, **PASS_BLOCKS, num_warps=4,
         )  # fmt: skip
     return zs
@@ -650,6 +662,7 @@ def scale_and_reduce(
     adapter_rank: int = 0,
     scaling: float = 1.0,
     need_hs: bool = True,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """As `backward_product`, of the `h [tokens, columns]` that another product has made."""
     tokens, columns = h.shape
@@ -659,10 +672,10 @@ def scale_and_reduce(
     if tokens:
         launch(
             scale_and_reduce_kernel, (blocks, triton.cdiv(columns, PASS_BLOCKS["BLOCK_COLUMNS"])), h,
-            h, z, S, mask, hs, partials, tokens, columns, *h.stride(), *z.stride(), scaling,
+            h, z, S, mask, rows, hs, partials, tokens, columns, *h.stride(), *z.stride(), scaling,
             ADAPTER_RANK=adapter_rank, **PASS_BLOCKS, num_warps=4,
         )  # fmt: skip
-    return hs, _mask_gradient(partials, S, mask, mask_scale)
+    return hs, _mask_gradient(partials, S, mask, rows, mask_scale)
 
 
 def _for_sums(S: Tensor | None, mask: Tensor | None, blocks: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -672,12 +685,12 @@ def _for_sums(S: Tensor | None, mask: Tensor | None, blocks: int) -> tuple[Tenso
     return S.contiguous(), mask.contiguous(), S.new_empty(blocks, len(S))
 
 
-def _mask_gradient(partials: Tensor, S: Tensor, mask: Tensor, mask_scale: float) -> Tensor:
-    (blocks, ranks), dmask = partials.shape, torch.empty_like(S)
+def _mask_gradient(partials: Tensor, S: Tensor, mask: Tensor, rows: Tensor | None, mask_scale: float) -> Tensor:
+    (blocks, ranks), dmask = partials.shape, torch.empty_like(S) if rows is None else torch.zeros_like(mask)
     if ranks:
         grid = (triton.cdiv(ranks, MASK_GRADIENT_BLOCKS["BLOCK_RANKS"]),)
         launch(
-            mask_gradient_kernel, grid, S, partials, S, mask, dmask, blocks, ranks, mask_scale,
+            mask_gradient_kernel, grid, S, partials, S, mask, rows, dmask, blocks, ranks, mask_scale,
             **MASK_GRADIENT_BLOCKS, num_warps=4,
         )  # fmt: skip
     return dmask

@@ -77,12 +77,14 @@ void mask_gradient(const T* z, int64_t ldz, T* h, int64_t ldh, int64_t tokens, c
 }
 
 // A counter-based generator: no state, so the backward pass makes the same choices again from the seed alone.
-// The finalizer is "lowbias32" (C. Wellons, Hash Function Prospector), once over the counter and once more with the
-// seed's other half in between. It counts pairs of elements, for either of which 16 of its bits decide: hashing is most
-// of what dropout costs.
-inline uint32_t mix(uint32_t v) {
+// It is "lowbias32" (C. Wellons, Hash Function Prospector) over multiples of an odd number, with a half of the random seed
+// added to them and the other one between its multiplications. It counts pairs of elements, for either of which 16 of its
+// bits decide: hashing is most of what dropout costs.
+inline uint32_t hash(uint32_t counter, uint32_t low, uint32_t key) {
+    uint32_t v = counter * 0x9e3779b1u + low;
     v ^= v >> 16;
     v *= 0x7feb352du;
+    v ^= key;
     v ^= v >> 15;
     v *= 0x846ca68bu;
     v ^= v >> 16;
@@ -105,7 +107,7 @@ void dropout(const T* x, T* out, uint64_t seed, uint32_t threshold, wide<T> scal
         const int64_t count = std::min({end - first, block - skipped, 2 * left - skipped});
         const uint32_t pairs = uint32_t((skipped + count + 1) / 2);
 #pragma omp simd
-        for (uint32_t i = 0; i < pairs; ++i) bits[i] = mix(mix((start + i) ^ low) ^ key);
+        for (uint32_t i = 0; i < pairs; ++i) bits[i] = hash(start + i, low, key);
         const Half* decides = reinterpret_cast<const Half*>(bits) + skipped;
         const T* from = x + first;
         T* to = out + first;
@@ -305,6 +307,30 @@ void rms_norm_gradient(const T* g, const T* x, int64_t width, const T* weight, c
     }
 }
 
+template <class T>
+void rotary(const T* x, const int64_t strides[3], const T* cos, int64_t cos_batch, const T* sin, int64_t sin_batch,
+            T* y, int64_t heads, int64_t tokens, int64_t half, bool back, int64_t begin, int64_t end) {
+    using W = wide<T>;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t batch = row / tokens, token = row % tokens;
+        const T* c = cos + batch * cos_batch + token * 2 * half;
+        const T* s = sin + batch * sin_batch + token * 2 * half;
+        // The transposed rotation has the other half's sine, and the other sign.
+        const T *s1 = back ? s + half : s, *s2 = back ? s : s + half;
+        const W sign = back ? W(-1) : W(1);
+        for (int64_t head = 0; head < heads; ++head) {
+            const T* from = x + batch * strides[0] + head * strides[1] + token * strides[2];
+            T* to = y + (row * heads + head) * 2 * half;
+#pragma omp simd
+            for (int64_t i = 0; i < half; ++i) {
+                W first = to_float(from[i]), second = to_float(from[half + i]);
+                from_float(to + i, first * to_float(c[i]) - second * (sign * to_float(s1[i])));
+                from_float(to + half + i, second * to_float(c[half + i]) + first * (sign * to_float(s2[i])));
+            }
+        }
+    }
+}
+
 // The logistic function of x and of -x, neither of them by a difference that would cancel. What is below the smallest
 // normal number is zero: times an x of any size it must not become something. A NaN stays one.
 template <class W>
@@ -421,6 +447,14 @@ void rms_norm_gradient_of(Dtype dtype, const void* g, const void* x, int64_t wid
                                     static_cast<T*>(dx), begin, end))
 }
 
+void rotary_of(Dtype dtype, const void* x, const int64_t strides[3], const void* cos, int64_t cos_batch,
+               const void* sin, int64_t sin_batch, void* y, int64_t heads, int64_t tokens, int64_t half, bool back,
+               int64_t begin, int64_t end) {
+    ACIP_BY_DTYPE(rotary(static_cast<const T*>(x), strides, static_cast<const T*>(cos), cos_batch,
+                         static_cast<const T*>(sin), sin_batch, static_cast<T*>(y), heads, tokens, half, back, begin,
+                         end))
+}
+
 void gated_silu_of(Dtype dtype, const void* gate, const void* up, void* y, int64_t begin, int64_t end) {
     ACIP_BY_DTYPE(gated_silu(static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(y), begin, end))
 }
@@ -441,7 +475,8 @@ extern const Training training_table;
 const Training training_table = {
     ACIP_TEXT(ACIP_ISA), scale_ranks_of,        mask_gradient_of,  dropout_of,
     cross_entropy_of,    soft_cross_entropy_of, causal_softmax_of, softmax_gradient_of,
-    rms_norm_of,         rms_norm_gradient_of,  gated_silu_of,     gated_silu_gradient_of,
+    rms_norm_of,         rms_norm_gradient_of,  rotary_of,         gated_silu_of,
+    gated_silu_gradient_of,
 };
 
 }  // namespace ACIP_ISA

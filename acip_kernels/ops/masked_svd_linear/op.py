@@ -133,6 +133,13 @@ def _check(x, Vh, U, S, mask, bias, mask_scale, rows, adapter) -> None:
                 raise ValueError(f"{OPERATOR}: {name} requires a gradient, but it is frozen; detach it")
 
 
+def _of_rows(backend, mask: Tensor, rows: Tensor | None) -> tuple[Tensor, dict]:
+    """The mask that `backend` takes, and what else: a kernel looks up a longer mask's rows by itself."""
+    if rows is None:
+        return mask, {}
+    return (mask, {"rows": rows}) if backend is BACKENDS.get("triton") else (mask.index_select(0, rows), {})
+
+
 def _adapter(A, B, seed, scaling, joined, dropout) -> Adapter | None:
     return None if A is None else Adapter(A, B, scaling, joined, dropout, seed)
 
@@ -159,9 +166,9 @@ def _operator(
     chosen = common.choose_backend(OPERATOR, backend, BACKENDS, x, gpu=MEASURED)
     adapter = _adapter(A, B, seed, scaling, joined, dropout)
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    live = mask if rows is None else mask.index_select(0, rows)
+    live, of_rows = _of_rows(chosen, mask, rows)
     z = chosen.products(tokens, Vh, adapter)
-    y = chosen.forward(z, U, S, live, bias, adapter).view(*x.shape[:-1], U.shape[0])
+    y = chosen.forward(z, U, S, live, bias, adapter, **of_rows).view(*x.shape[:-1], U.shape[0])
     return y, (z if save_z else z.new_empty(0, z.shape[1]))
 
 
@@ -197,11 +204,11 @@ def _backward_operator(
     adapter = _adapter(A, B, seed, scaling, joined, dropout)
     gradients = g.reshape(-1, g.shape[-1])
     tokens = None if x is None else x.reshape(-1, x.shape[-1]).contiguous()
-    live = mask if rows is None else mask.index_select(0, rows)
+    live, of_rows = _of_rows(chosen, mask, rows)
     if not save_z:
         z = chosen.products(tokens, Vh, adapter)
-    dx, dmask, dA, dB = chosen.backward(gradients, tokens, z, Vh, U, S, live, mask_scale, adapter, need_x)
-    if rows is not None:
+    dx, dmask, dA, dB = chosen.backward(gradients, tokens, z, Vh, U, S, live, mask_scale, adapter, need_x, **of_rows)
+    if rows is not None and not of_rows:
         dmask = torch.zeros_like(mask).index_copy_(0, rows, dmask)
     if dA is None:
         dA, dB = g.new_empty(0), g.new_empty(0)
@@ -223,6 +230,7 @@ def _setup_context(ctx, inputs, output):
     ctx.options = options
     z = output[1]
     ctx.mark_non_differentiable(z)
+    ctx.set_materialize_grads(False)  # zeros for z
     # The input is needed for the adapter's gradient, and where z has to be made again.
     save_x = A is not None or not options[-2]
     ctx.save_for_backward(x if save_x else None, z, Vh, U, S, mask, rows, A, B, seed)

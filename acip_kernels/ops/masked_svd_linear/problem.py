@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from .. import dropout
@@ -82,7 +83,9 @@ def after_ranks(
     if adapter.joined:
         ha = hs[:, :r]
     dA = dropout.dropped_gradient(ha, x, adapter.dropout, adapter.seed) if adapter.dropout else product(ha.t(), x)
-    dB = product(g.t(), z[:, :r]).mul_(adapter.scaling)
+    dB = product(g.t(), z[:, :r])
+    # In one pass what the adapter's float32 gradient is anyway.
+    dB = torch.mul(dB, adapter.scaling, out=torch.empty_like(dB, dtype=adapter.B.dtype))
     if not need_x:
         return None, dA, dB
     if adapter.joined and not adapter.dropout:

@@ -61,6 +61,14 @@ struct Training {
     void (*rms_norm_gradient)(Dtype dtype, const void* g, const void* x, int64_t width, const void* weight,
                               const void* rstd, void* dx, int64_t begin, int64_t end);
 
+    // Rotary position embedding: of the `heads` heads of rows [begin, end), each a token of a batch, for x [batch, heads,
+    // tokens, 2 half] with these strides in elements (a head's numbers are neighbours) to y [batch, tokens, heads, 2 half].
+    // With x = (x1, x2): y1 = x1 · cos1 - x2 · sin1 and y2 = x2 · cos2 + x1 · sin2; `back` is the transposed map. cos, sin
+    // [batch or 1, tokens, 2 half], whose batches are that far apart.
+    void (*rotary)(Dtype dtype, const void* x, const int64_t strides[3], const void* cos, int64_t cos_batch,
+                   const void* sin, int64_t sin_batch, void* y, int64_t heads, int64_t tokens, int64_t half, bool back,
+                   int64_t begin, int64_t end);
+
     // y = gate · σ(gate) · up, σ the logistic function, rounded once. Elements [begin, end).
     void (*gated_silu)(Dtype dtype, const void* gate, const void* up, void* y, int64_t begin, int64_t end);
 
