@@ -114,9 +114,7 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             tokens = ", ".join(sorted({f"{row['tokens']:,}" for row in summary["layers"]}))
             parts.append(f"One layer of Llama-3.1-8B's shapes (out × in), {tokens} tokens, forward and backward:\n")
             if "graph" in summary["layers"][0]:
-                other = summary["layers_measured"]["device"]
-                when = f"torch {other['torch']}, {other['date'][:16].replace('T', ' ')}"
-                parts[-1] = parts[-1].replace(":\n", f"; “graph”: replays of a CUDA graph; {when}:\n")
+                parts[-1] = parts[-1].replace(":\n", "; “graph”: replays of a CUDA graph:\n")
             parts.append(training_step.layers_table(summary["layers"]))
         profile = path.with_name(path.name.replace("training_step", "training_profile"))
         if profile.exists():
@@ -169,7 +167,10 @@ def decoding_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             f"counted; medians of {setting['rounds']} rounds; factors of random numbers, of the same size ratio in "
             f"every layer; {summary['peak_memory_bytes'] / 1e9:.1f} GB at the peak.\n"
         )
-        parts.append(generate.targets_table(summary["targets"]))
+        if "about" in summary:
+            parts.append(f"{summary['about']}.\n")
+        if summary["targets"]:
+            parts.append(generate.targets_table(summary["targets"]))
         for result in summary["models"]:
             parts.append(f"{result['model']}:\n")
             parts.append(generate.table(result["rows"]))
@@ -262,7 +263,7 @@ def cuda_block(path: pathlib.Path) -> str:
 
 def measured_on(device: dict) -> str:
     """What a measurement ran on, in a line."""
-    parts = [f"{device['device']}, {device['cores']} cores", device["instruction_set"], f"torch {device['torch']}"]
+    parts = [f"{device['device']}, {device['cores']} cores", device.get("instruction_set"), f"torch {device['torch']}"]
     parts += [f"{name} {device[name]}" for name in ("transformers", "torchao") if device.get(name)]
     return ", ".join(part for part in (*parts, device["date"][:10]) if part)
 

@@ -1,4 +1,4 @@
-"""RMS norm, SwiGLU and rotations on a GPU, or in Triton's interpreter where there is none, against the formulas in float64."""
+"""RMS norm, SwiGLU and rotations on a GPU, or in Triton's interpreter where there is none, against float64."""
 
 import operators
 import pytest

@@ -1,4 +1,4 @@
-"""What a transformers model computes by kernels of ours while it is trained: norms, SwiGLU, rotations; attention on a CPU.
+"""What a transformers model computes by our kernels while it is trained: norms, SwiGLU, rotations, on a CPU attention.
 
 Modules, parameters and the state stay as they are. Attention is a function that transformers looks up by name; norms
 and gated MLPs get a `forward` of the instance, where trying has shown that the module's own computes the same; so it is
@@ -133,7 +133,7 @@ def is_rotation(function: Callable | None) -> bool:
 
 @functools.cache
 def _rotation(own: Callable) -> Callable:
-    """What stands in for a model's function `own`, and leaves to it what is not for the kernels. One for ever, as above."""
+    """What stands in for a model's function `own`, to which what is not for the kernels is left. One for ever, as above."""
 
     def rotate(q, k, cos, sin, *others, **options):
         if (

@@ -29,8 +29,16 @@ def _expand(
 
 
 def _reduce(
-    g: Tensor, U: Tensor, z: Tensor, S: Tensor, mask: Tensor, rows: Tensor | None, mask_scale: float, r: int,
-    scaling: float, need_hs: bool,
+    g: Tensor,
+    U: Tensor,
+    z: Tensor,
+    S: Tensor,
+    mask: Tensor,
+    rows: Tensor | None,
+    mask_scale: float,
+    r: int,
+    scaling: float,
+    need_hs: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """`h ⊙ s` and the mask's gradient for `h = g U`, by either way."""
     # A pass of its own reads h and writes it back, scaled; z is read by either way.

@@ -1,7 +1,7 @@
 """`rotary`: the rotary position embedding of a training step, one pass forward and one backward.
 
-torch's chain for it (halves negated and put together, two products, a sum) makes five of either, and as many of what
-they read from memory. On a CPU the operator is `csrc/bindings.cpp`'s, autograd included; on a GPU it is a Triton kernel.
+torch's chain for it (halves negated and put together, two products, a sum) makes five of either. On a CPU the operator
+is `csrc/bindings.cpp`'s, autograd included; on a GPU it is a Triton kernel.
 """
 
 from __future__ import annotations

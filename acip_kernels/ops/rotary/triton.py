@@ -1,4 +1,4 @@
-"""The rotary position embedding of a training step on a GPU: one pass over memory each way, which keeps nothing of `x`."""
+"""The rotary position embedding of a training step on a GPU: one pass over memory each way; nothing of `x` is kept."""
 
 from __future__ import annotations
 
