@@ -133,7 +133,7 @@ def is_rotation(function: Callable | None) -> bool:
 
 @functools.cache
 def _rotation(own: Callable) -> Callable:
-    """What stands in for a model's function `own`, to which what is not for the kernels is left. One for ever, as above."""
+    """What stands in for a model's function `own`, which has what is not for the kernels. One for ever, as above."""
 
     def rotate(q, k, cos, sin, *others, **options):
         if (

@@ -20,8 +20,8 @@ def keeps(seed: int | Tensor, elements: int, p: float, device: torch.device | st
     """Which of `elements` are kept, bool `[elements]`: a hash of the element's number and the 64-bit `seed`.
 
     Every element is kept with probability `1 - p`, rounded to a multiple of 2^-16. The hash is "lowbias32" of
-    C. Wellons's Hash Function Prospector, over multiples of an odd number, with a half of the seed added to them and the
-    other one between its multiplications: seeds have to be random numbers, in both halves, for choices to be
+    C. Wellons's Hash Function Prospector, over multiples of an odd number, with a half of the seed added to them and
+    the other one between its multiplications: seeds have to be random numbers, in both halves, for choices to be
     independent. It is one of pairs of elements: its lower 16 bits decide for the first of a pair, the others for the
     second. A seed may be an int64 `[1]` on `device`, of which nobody then waits for the number.
     """

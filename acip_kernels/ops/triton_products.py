@@ -52,7 +52,7 @@ def _inside(ROWS: tl.constexpr, row_stride, COLUMNS: tl.constexpr, column_stride
 
 @triton.jit
 def _scales(S, mask, rows, column, columns, ADAPTER_RANK: tl.constexpr):
-    """`S ⊙ β` at `column` (of an adapter's it is 0, as it is past the last), float32; of the mask's `rows`, if given."""
+    """`S ⊙ β` at `column` (of an adapter's it is 0, as it is past the last), float32; of a mask's `rows`, if given."""
     own = (column >= ADAPTER_RANK) & (column < columns)
     at = column - ADAPTER_RANK
     values = tl.load(S + at, mask=own, other=0.0)
@@ -523,8 +523,8 @@ def forward_product(
     """`y [tokens, out] = (z ⊙ s) Uᵀ + bias`, for `z [tokens, depth]` and `U [out, depth]` of any strides, or quantized.
 
     `S` and `mask` `[depth - adapter_rank]`, float32; `s` is `scaling` for an adapter's, `S ⊙ β` for the rest; without
-    `S` it is one. rows, int64 like `S`: `mask` is a longer one, of which these are meant. place, int32 `[out]`: at which
-    column of `y`, then given, each output goes; kept: see the kernel.
+    `S` it is one. rows, int64 like `S`: `mask` is a longer one, of which these are meant. place, int32 `[out]`: at
+    which column of `y`, then given, each output goes; kept: see the kernel.
     """
     U, weight, constants = _weight(U, z)
     (tokens, depth), columns = z.shape, U.rows
