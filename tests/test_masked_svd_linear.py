@@ -684,14 +684,22 @@ def test_the_effective_route(drop, dtype):
 
 
 def test_dropout_is_a_coin_for_every_element():
-    kept = dropout.keeps(99, 1_000_000, 0.3)
-    # Four standard deviations of a binomial.
-    assert abs(float((~kept).double().mean()) - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 1e6)
-    for lag in (1, 2, 64, 576):
-        both = float((~kept[lag:] & ~kept[:-lag]).double().mean())
-        assert abs(both - 0.09) < 4 * math.sqrt(0.09 * 0.91 / 1e6)
-    other = dropout.keeps(100, 1_000_000, 0.3)
-    assert abs(float((~kept & ~other).double().mean()) - 0.09) < 4 * math.sqrt(0.09 * 0.91 / 1e6)
+    """Of random seeds: how many are dropped, of two at a distance of each other, of rows, and by two seeds."""
+    elements, share = 1 << 20, dropout.threshold(0.3) / 2**16
+    generator = torch.Generator().manual_seed(0)
+    seeds = [int(torch.randint(2**63 - 1, (1,), generator=generator)) for _ in range(6)]
+    dropped = [(~dropout.keeps(seed, elements, 0.3)).float() - share for seed in seeds]
+    variance, deviations = share * (1 - share), []
+    for number, one in enumerate(dropped):
+        deviations.append(float(one.mean()) * math.sqrt(elements / variance))
+        others = [(one[:-lag], one[lag:]) for lag in (1, 2, 3, 4, 64, 576, 1024, 1536, 4096)]
+        others += [(one, other) for other in dropped[:number]]
+        deviations += [float((a * b).mean()) / variance * math.sqrt(len(a)) for a, b in others]
+        for sums in (one.view(1024, -1).sum(0), one.view(1024, -1).sum(1)):
+            # A sample of 1024 has a variance that is itself within sqrt(2 / 1024) of what it should be.
+            deviations.append((float(sums.square().mean()) / (1024 * variance) - 1) / math.sqrt(2 / 1024))
+    # Some 90 of them: one beyond 4.5 is a chance of 1 in 1600.
+    assert max(map(abs, deviations)) < 4.5
 
 
 @pytest.mark.parametrize(
