@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Annotated
@@ -321,8 +322,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sources() -> str:
-    """Of all kernels: what is stored for another text of theirs is of no use."""
+def sources() -> dict[str, str]:
+    """Of each kernel, a hash of its text and of all functions in it: what is stored for another text is of no use."""
     import triton
 
     from acip_kernels.ops import triton_products
@@ -334,7 +335,16 @@ def sources() -> str:
         for f in vars(m).values()
         if isinstance(f, triton.JITFunction)
     }
-    return hashlib.sha256(repr(sorted(functions.items())).encode()).hexdigest()
+
+    def hashed(name: str) -> str:
+        found, new = {}, {name}
+        while new:
+            found |= {one: functions[one] for one in new}
+            words = {word for one in new for word in re.findall(r"\w+", functions[one])}
+            new = (words & functions.keys()) - found.keys()
+        return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()[:16]
+
+    return {name: hashed(name) for name in sorted(functions) if name.endswith("_kernel")}
 
 
 # In the file every text stands once, and a row is their numbers and its own: a fifth of the bytes.
@@ -375,8 +385,8 @@ def main(
     deadline, about = time.monotonic() + 60 * minutes, report.device_description()  # of the machine that compiles
     header = {"triton": compiler.__version__, "torch": about["torch"], "date": about["date"], "sources": sources()}
     stored = read_result() if RESULTS.exists() and not again else {}
-    same = all(stored.get(name) == header[name] for name in ("triton", "sources"))
-    known = {key(row): row for row in stored["rows"]} if same else {}
+    of = stored["sources"] if stored.get("triton") == header["triton"] else {}
+    known = {key(r): r for r in stored.get("rows", ()) if of.get(r["kernel"]) == header["sources"].get(r["kernel"], "")}
     found = every_launch()
     rows = {launch: known.get(key(launch.row())) for launch in found}
     todo = [launch for launch, row in rows.items() if row is None]
