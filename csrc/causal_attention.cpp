@@ -39,6 +39,10 @@ Tensor grouped(const Tensor& x, const Sizes& s, int64_t start, int64_t stop) {
         .reshape({s.batch * s.key_heads, s.groups * (stop - start), s.width});
 }
 
+// Positions [0, stop) of keys or values [rows, length, width], contiguous: torch's products take that, and its transpose,
+// as they are, and would copy a narrowed tensor's transpose number by number.
+Tensor seen(const Tensor& x, int64_t stop) { return x.narrow(1, 0, stop).contiguous(); }
+
 // The inverse, into `to` [batch, length, heads, width].
 void put(const Tensor& to, const Tensor& part, const Sizes& s, int64_t start, int64_t stop) {
     to.narrow(1, start, stop - start)
@@ -56,10 +60,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     Tensor log_sums = at::empty({s.batch * s.key_heads, s.groups * s.length}, q.options().dtype(precise(q)));
     for (int64_t start = 0; start < s.length; start += block) {
         int64_t stop = std::min(start + block, s.length);
-        Tensor scores = at::bmm(grouped(q, s, start, stop), keys.narrow(1, 0, stop).transpose(1, 2));
+        Tensor scores = at::bmm(grouped(q, s, start, stop), seen(keys, stop).transpose(1, 2));
         Tensor sums = acip::causal_softmax_(scores, stop - start, scale, std::nullopt);
         log_sums.narrow(1, s.groups * start, s.groups * (stop - start)).copy_(sums);
-        put(out, at::bmm(scores, values.narrow(1, 0, stop)), s, start, stop);
+        put(out, at::bmm(scores, seen(values, stop)), s, start, stop);
     }
     return {out.transpose(1, 2), log_sums};
 }
@@ -79,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& g, const Tensor& q, c
     for (int64_t start = 0; start < s.length; start += block) {
         int64_t stop = std::min(start + block, s.length);
         Tensor queries = grouped(q, s, start, stop), upstream = grouped(g, s, start, stop);
-        Tensor seen_keys = keys.narrow(1, 0, stop), seen_values = values.narrow(1, 0, stop);
+        Tensor seen_keys = seen(keys, stop), seen_values = seen(values, stop);
         Tensor p = at::bmm(queries, seen_keys.transpose(1, 2));
         Tensor sums = log_sums.narrow(1, s.groups * start, s.groups * (stop - start)).contiguous();
         acip::causal_softmax_(p, stop - start, scale, sums);
