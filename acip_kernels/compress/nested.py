@@ -64,7 +64,7 @@ class NestedConfig(RankingConfig):
 
     steps: int = 400
     update_rank: int = 32
-    distillation: float = 0.25
+    distillation: float = 0.5
     learning_rate: float = 1e-3
     warmup_steps: int = 10
     betas: tuple[float, float] = (0.9, 0.99)

@@ -18,6 +18,8 @@ from . import triton_products
 BLOCK = 2048
 # Of a gradient's product: about four for each multiprocessor of a large GPU; 256 to 1024 were as fast on an H100.
 PROGRAMS = 512
+# Of adding up its parts: 16 bytes a thread, and as many programs as there are.
+SUM_BLOCK = 512
 
 
 @triton.jit
@@ -116,6 +118,16 @@ def gradient_kernel(
     tl.store(to, sums, mask=(r < rank)[:, None] & (column < columns)[None, :])
 
 
+@triton.jit
+def sum_kernel(partials, to, splits, elements, BLOCK: tl.constexpr):
+    """to `[elements]` = the sum of partials `[splits, elements]`, one after the other."""
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        total += tl.load(partials + split.to(tl.int64) * elements + number, mask=number < elements, other=0.0)
+    tl.store(to + number, total, mask=number < elements)
+
+
 @triton.jit(do_not_specialize=["threshold"])
 def add_product_kernel(
     to, h, A, tokens, columns, rank, h_row, A_row, seed_at, threshold, factor,
@@ -193,7 +205,14 @@ def gradient(h: Tensor, x: Tensor, seed: Tensor, threshold: int, factor: float) 
         h, x, partials, tokens, columns, rank, h.stride(0), span, seed, threshold, factor,
         BLOCK_TOKENS=64, BLOCK_COLUMNS=64, RANK=_padded(rank), EVEN=columns % 2 == 0, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return partials[0] if splits == 1 else partials.sum(0)
+    if splits == 1:
+        return partials[0]
+    total = torch.empty_like(partials[0])
+    triton_products.launch(
+        sum_kernel, (triton.cdiv(total.numel(), SUM_BLOCK),), x, partials, total, splits, total.numel(),
+        BLOCK=SUM_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return total
 
 
 def add_product(to: Tensor, h: Tensor, A: Tensor, seed: Tensor, threshold: int, factor: float) -> Tensor:
