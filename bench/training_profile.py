@@ -22,16 +22,21 @@ KINDS = {
     # Batched products are attention's alone.
     "attention": (
         "aten::_scaled_dot_product", "aten::_flash_attention", "aten::bmm", "acip::causal_", "acip::softmax_gradient_",
+        "torch::autograd::CppNode<(anonymous namespace)::CausalAttention>",
     ),
-    "our kernels: dropout": ("acip::dropout",),
-    "our kernels: scaling, mask gradient": ("acip::scale_ranks", "acip::mask_gradient_"),
+    # A layer's call, and its node of the engine, but for the products in them.
+    "our kernels: dropout, scaling, mask gradient": (
+        "acip::masked_svd", "torch::autograd::CppNode<(anonymous namespace)::Masked>",
+        "acip::dropout", "acip::scale_ranks", "acip::mask_gradient_",
+    ),
     "our kernels: cross-entropy": ("acip::cross_entropy_",),
     "optimizer and norm": ("aten::_fused_adamw", "aten::_foreach_norm", "Optimizer"),
     "norms, rotations, activations, residuals": (
         "aten::mul", "aten::add", "aten::silu", "aten::pow", "aten::mean", "aten::rsqrt", "aten::cat", "aten::neg",
-        "aten::sum", "aten::sub", "aten::div", "aten::embedding", "acip::rms_norm", "acip::gated_silu",
+        "aten::sum", "aten::sub", "aten::div", "aten::embedding", "acip::rms_norm", "acip::gated_silu", "acip::rotary",
         # Their backward passes, which are nodes of the engine and no operators.
         "torch::autograd::CppNode<(anonymous namespace)::RmsNorm>",
+        "torch::autograd::CppNode<(anonymous namespace)::Rotary>",
         "torch::autograd::CppNode<(anonymous namespace)::GatedSilu>",
     ),
     "copies and fills": ("aten::copy_", "aten::fill_", "aten::zero_", "aten::clone", "aten::contiguous"),
@@ -54,12 +59,12 @@ def profiled(step) -> dict[str, float]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Milliseconds, and shares of the step."""
+    """Milliseconds, and shares of the step, by the kinds that it was measured by."""
     sizes = list(results)
     totals = {size: sum(results[size].values()) for size in sizes}
     lines = [
         [kind, *(f"{1e3 * results[s][kind]:,.0f} ({100 * results[s][kind] / totals[s]:.0f} %)" for s in sizes)]
-        for kind in (*KINDS, REST)
+        for kind in results[sizes[0]]
     ]
     lines.append(["total", *(f"{1e3 * totals[size]:,.0f}" for size in sizes)])
     return markdown(["ms of one step", *(f"live size {100 * float(size):.0f} %" for size in sizes)], lines)

@@ -122,9 +122,10 @@ def gradient_kernel(
 def sum_kernel(partials, to, splits, elements, BLOCK: tl.constexpr):
     """to `[elements]` = the sum of partials `[splits, elements]`, one after the other."""
     number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(partials + split.to(tl.int64) * elements + number, mask=number < elements, other=0.0)
+    total, at = tl.zeros((BLOCK,), tl.float32), partials + number
+    for _ in range(splits):
+        total += tl.load(at, mask=number < elements, other=0.0)
+        at += elements
     tl.store(to + number, total, mask=number < elements)
 
 
