@@ -700,6 +700,8 @@ def test_dropout_is_a_coin_for_every_element():
             deviations.append((float(sums.square().mean()) / (1024 * variance) - 1) / math.sqrt(2 / 1024))
     # Some 90 of them: one beyond 4.5 is a chance of 1 in 1600.
     assert max(map(abs, deviations)) < 4.5
+    for seed in seeds:  # one that stays on a device, where nobody may ask for its number
+        assert torch.equal(dropout.keeps(torch.tensor([seed]), 999, 0.3), dropout.keeps(seed, 999, 0.3))
 
 
 @pytest.mark.parametrize(

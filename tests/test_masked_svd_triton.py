@@ -111,6 +111,23 @@ def test_output_and_gradients_in_half_precision(tokens, rank, dtype):
     check(make_problem((tokens,), 33, 99, rank, dtype, bias=tokens != 64, seed=rank), mask_scale=0.3)
 
 
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_longer_mask_are_those_entries(dtype):
+    """To the bit as with a mask of these alone; the gradient is zero everywhere else."""
+    problem = make_problem((5, 14), 33, 99, 70, dtype, seed=1)
+    expected = run_triton(problem)
+    rows = torch.randperm(200, generator=torch.Generator().manual_seed(0))[:70]
+    longer = copy.copy(problem)
+    # What must not be looked at is live where the entries are pruned, and the other way round.
+    longer.mask = torch.full((200,), 0.02).index_copy(0, rows, problem.mask)
+    longer.mask[:70] = torch.where(torch.isin(torch.arange(70), rows), longer.mask[:70], -problem.mask)
+    y, dx, dmask = run_triton(longer, rows=rows.to(DEVICE))
+    assert_identical((y, dx, dmask[rows]), expected)
+    elsewhere = torch.ones(200, dtype=torch.bool).index_fill(0, rows, False)
+    assert elsewhere.sum() == 130 and torch.count_nonzero(dmask[elsewhere]) == 0
+
+
 @pytest.mark.parametrize("save_z", [False, True])
 def test_z_made_again_is_z(save_z):
     problem = make_problem((3, 9), 33, 18, 17, torch.bfloat16)
