@@ -101,7 +101,15 @@ def _baseline(method, allocation, forms):
 
 
 def run_method(
-    method: str, seed: int, steps: int, sizes, windows: int, work: pathlib.Path, target: pathlib.Path, on=TEXTS
+    method: str,
+    seed: int,
+    steps: int,
+    sizes,
+    windows: int,
+    work: pathlib.Path,
+    target: pathlib.Path,
+    on=TEXTS,
+    device: str = "cpu",
 ) -> None:
     """Compress by `method`, and evaluate what is missing of `sizes` on the texts `on` in the result file `target`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,16 +147,16 @@ def run_method(
     before, setting = (json.loads(json.dumps(some)) for some in (before, setting))  # as read back: without tuples
     if before != setting and result["rows"]:
         raise ValueError(f"{target} was measured with another setting: remove it to measure anew")
-    result["setting"], result["device"] = setting, report.device_description()
+    result["setting"], result["device"] = setting, report.device_description(device)
     rows = {row["size_ratio"]: row for row in result["rows"]}
     if config is None:
         sizes = (1.0,)
     missing = [size for size in sizes if not set(on) <= set(rows.get(size, ()))]
     if not missing:
         return
-    # As every method computes: in bfloat16 where the processor multiplies it natively.
-    dtype = compute_dtype("auto", torch.device("cpu"))
-    dense = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+    # As every method computes: in bfloat16 where the device multiplies it natively.
+    dtype = compute_dtype("auto", torch.device(device))
+    dense = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(device)
     result["device"]["dtype"] = str(dtype).removeprefix("torch.")
     compressed = None
     if config is not None:
@@ -171,8 +179,11 @@ def run_method(
         forms = getattr(config, "forms", ("dense", "factors"))
         of_size = compressed
         if method in AFTERWARDS:  # a copy: other sizes begin where this one began
-            of_size = AFTERWARDS[method][1](copy.deepcopy(compressed), size, calibration, steps)
-        model = dense if compressed is None else materialize(of_size, size, forms=forms)
+            of_size = copy.deepcopy(compressed)
+            of_size.model.to(device)
+            of_size = AFTERWARDS[method][1](of_size, size, calibration, steps)
+        # Cut on the host: pivots are exchanged one by one.
+        model = dense if compressed is None else materialize(_on_host(of_size), size, forms=forms).to(device)
         cut = None if compressed is None else compressed.cut(size, forms=forms)
         row = {
             "method": method,
@@ -195,10 +206,15 @@ def run_method(
         console.print(f"{method} {seed} at {size:g}:", {name: round(row[name], 2) for name in TEXTS if name in row})
 
 
+def _on_host(result: CompressionResult) -> CompressionResult:
+    result.model.cpu()
+    return result
+
+
 def shared_ranking(model, calibration, config: RankingConfig, work: pathlib.Path) -> None:
     """Rank `model`'s singular values; methods of one basis, and seeds, decompose it once."""
     first = list(itertools.islice(calibration, config.calibration_batches))
-    first = [with_labels(batch, torch.device("cpu")) for batch in first]
+    first = [with_labels(batch, next(model.parameters()).device) for batch in first]
     path = work / "rankings" / f"{config.method}-{config.calibration_batches}.safetensors"
     if path.exists():
         put_factors(model, files.read_tensors(path))
@@ -257,6 +273,7 @@ def main(
     / "runs"
     / "quality",
     results: Annotated[pathlib.Path, typer.Option(help="Where the results are written.")] = RESULTS,
+    device: Annotated[str, typer.Option(help="cpu, or cuda; results say which.")] = "cpu",
 ):
     """Perplexity of SmolLM2-135M at every size, by every method. Interrupt it at will: it goes on where it was.
 
@@ -267,7 +284,7 @@ def main(
             raise typer.BadParameter(f"--method must be dense or one of {', '.join(METHODS)}, got {one}")
         for number in seed or [0]:
             target = results / f"{one}-{number}.json"
-            run_method(one, number, steps, size_ratio or SIZES, windows, work, target, text or TEXTS)
+            run_method(one, number, steps, size_ratio or SIZES, windows, work, target, text or TEXTS, device)
     stored = read_results(results)
     typer.echo(table(stored))
     rows = [row for result in stored for row in result["rows"] if result["seed"] == 0 and "perplexity" in row]

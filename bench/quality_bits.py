@@ -76,15 +76,16 @@ def main(
     / "quality",
     windows: Annotated[int, typer.Option(help="Windows of the perplexity, spread over the text.")] = 64,
     results: Annotated[pathlib.Path, typer.Option(help="Where the results are written.")] = RESULTS,
+    device: Annotated[str, typer.Option(help="cpu, or cuda; the results say which.")] = "cpu",
 ):
     """Perplexity and bytes of every size and way to store weights; an interrupted call goes on where it was."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(texts.demo_model(log=console.print)))
     tokens = texts.tokenize(tokenizer, texts.demo_texts(log=console.print)[-HELD_OUT:])
-    dtype = compute_dtype("auto", torch.device("cpu"))
-    device = report.device_description() | {"dtype": str(dtype).removeprefix("torch.")}
-    result = {"device": device, "windows": windows, "context": CONTEXT, "rows": []}
+    dtype = compute_dtype("auto", torch.device(device))
+    described = report.device_description(device) | {"dtype": str(dtype).removeprefix("torch.")}
+    result = {"device": described, "windows": windows, "context": CONTEXT, "rows": []}
     if results.exists():
         stored = files.read_json(results)
         if stored["windows"] != windows:
@@ -99,6 +100,7 @@ def main(
                     continue
                 if compressed is None:
                     compressed = CompressionResult.load(work / f"{method}-0" / "elastic")
+                    compressed.model.to(device)
                 model = materialize(compressed, size, dtype=dtype, **options).eval()
                 row = {
                     "method": method,

@@ -32,7 +32,7 @@ WINDOWS = 8
 console = Console(stderr=True)
 
 
-def trial(changes: dict, recipe: str, work: pathlib.Path) -> dict:
+def trial(changes: dict, recipe: str, work: pathlib.Path, device: torch.device) -> dict:
     """One run with `changes` to the configuration, and its perplexities."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,7 +43,7 @@ def trial(changes: dict, recipe: str, work: pathlib.Path) -> dict:
     judged = texts.tokenize(tokenizer, articles[-2 * HELD_OUT : -HELD_OUT])
     make = NestedConfig if recipe == "best" else CompressionConfig.short
     config = make(**{"calibration_batches": CALIBRATION_BATCHES, **changes})
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(config.dtype, torch.device("cpu"))).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype(config.dtype, device)).eval().to(device)
     batches = texts.Batches(training, batch_size=1, length=LENGTH, seed=config.seed)
     if recipe == "best":
         shared_ranking(model, texts.Batches(training, batch_size=1, length=LENGTH, seed=0), config, work)
@@ -56,11 +56,12 @@ def trial(changes: dict, recipe: str, work: pathlib.Path) -> dict:
         "training_tokens": len(result.history) * config.gradient_accumulation * LENGTH,
         "seconds": round(seconds, 1),
         "loss": sum(step["loss"] for step in result.history[-20:]) / 20,
-        "device": report.device_description(),
+        "device": report.device_description(device),
         "perplexity": {},
     }
+    result.model.cpu()  # pivots are exchanged one by one
     for size in SIZES:
-        cut = materialize(result, size, forms=config.forms)
+        cut = materialize(result, size, forms=config.forms).to(device)
         value = evaluate.perplexity(cut, judged, context=CONTEXT, max_windows=WINDOWS).value
         row["perplexity"][f"{size:g}"] = round(value, 3)
     return row
@@ -72,20 +73,22 @@ def main(
     name: Annotated[str, typer.Option(help="Of the trial, in the results file.")] = "default",
     about: Annotated[str, typer.Option(help="What is tried, for the table.")] = "",
     work: Annotated[pathlib.Path, typer.Option(help="Where rankings are kept.")] = ROOT / "runs" / "quality",
+    device: Annotated[str, typer.Option(help="cpu, or cuda; results say which.")] = "cpu",
+    results: Annotated[pathlib.Path, typer.Option(help="Where the results are written.")] = RESULTS,
 ):
     """One trial of a recipe."""
     if recipe not in ("best", "paper"):
         raise typer.BadParameter(f"--recipe must be best or paper, got {recipe}")
-    results = files.read_json(RESULTS) if RESULTS.exists() else {}
-    if name not in results:
+    found = files.read_json(results) if results.exists() else {}
+    if name not in found:
         fields = dict(change.split("=", 1) for change in changes or [])
-        row = trial({key: _value(value) for key, value in fields.items()}, recipe, work)
-        results = files.read_json(RESULTS) if RESULTS.exists() else {}
-        results[name] = {"about": about or name} | row
-        files.write_json(RESULTS, results)
-    perplexity = results[name]["perplexity"]
+        row = trial({key: _value(value) for key, value in fields.items()}, recipe, work, torch.device(device))
+        found = files.read_json(results) if results.exists() else {}
+        found[name] = {"about": about or name} | row
+        files.write_json(results, found)
+    perplexity = found[name]["perplexity"]
     mean = math.exp(statistics.mean(math.log(value) for size, value in perplexity.items() if float(size) < 1))
-    console.print(name, perplexity, f"geometric mean below 1: {mean:.2f}", results[name]["seconds"], "s")
+    console.print(name, perplexity, f"geometric mean below 1: {mean:.2f}", found[name]["seconds"], "s")
 
 
 def _value(text: str):

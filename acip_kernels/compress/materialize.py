@@ -14,6 +14,7 @@ from ..nn import LowRankLinear, PivotLinear, SVDLinear
 from ..nn.nested_linear import balanced
 from ..nn.pivot_linear import pack_bits, unpack_bits
 from ..nn.quantized_linear import QuantizedLinear
+from ..nn.svd_linear import svd
 from ..ops.quantize import Quantized, Scheme
 from .basis import damped_cholesky
 from .config import cast
@@ -267,7 +268,7 @@ def layer_tensors(
         weighted = right if L is None else right.double() @ L
         Q_left, R_left = torch.linalg.qr(left.to(weighted.dtype))
         Q_right, R_right = torch.linalg.qr(weighted.t())
-        inner_U, inner_S, inner_Vh = torch.linalg.svd(R_left @ R_right.t(), full_matrices=False)
+        inner_U, inner_S, inner_Vh = svd(R_left @ R_right.t())
         left, right = Q_left @ inner_U[:, :rank], inner_Vh[:rank] @ Q_right.t()
         if L is not None:
             right = torch.linalg.solve_triangular(L, right, upper=False, left=False)

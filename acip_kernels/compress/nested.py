@@ -1,4 +1,4 @@
-"""One training run for every size: factors in the order of their worth, updated at sizes drawn at random."""
+"""One training run for every size: factors in the order of their worth, updated at every size in turn."""
 
 from __future__ import annotations
 
@@ -32,18 +32,20 @@ log = logging.getLogger("acip_kernels")
 RANKING = "ranking.safetensors"
 # Sizes are drawn in steps of one part in this many where each has a CUDA graph of its own.
 CAPTURED_SIZES = 40
+# Its multiples modulo one leave the smallest gaps.
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NestedConfig(RankingConfig):
-    """The default way to compress: rank once, by `method`, then train the factors at sizes drawn at random.
+    """The default way to compress: rank once, by `method`, then train the factors at all sizes in turn.
 
-    Every step draws a size ratio from `smallest_ratio` to `largest_ratio`, evenly, and takes a gradient step with the
-    best-scored ranks that this size has: so a smaller model is a part of each larger one, and one set of factors serves
-    every size. What is trained are updates of low rank of both factors (`NestedLinear`): as few parameters as adapters
-    have, for a run of few tokens, but part of the factors, hence nothing to count or to merge afterwards. The dense
-    model teaches: its probabilities are part of the target (Hinton et al., arXiv 1503.02531), which says more about
-    each token than the next one alone.
+    Every step has a size ratio of its own, from `smallest_ratio` to `largest_ratio`, evenly spread (`size_of_batch`),
+    and takes a gradient step with the best-scored ranks that this size has: so a smaller model is a part of each larger
+    one, and one set of factors serves every size. What is trained are updates of low rank of both factors
+    (`NestedLinear`): as few parameters as adapters have, for a run of few tokens, but part of the factors, hence
+    nothing to count or to merge afterwards. The dense model teaches: its probabilities are part of the target (Hinton
+    et al., arXiv 1503.02531), which says more about each token than the next one alone.
 
     steps: optimizer steps, of `gradient_accumulation` batches each (and in each process), which all have their own
         size.
@@ -59,12 +61,12 @@ class NestedConfig(RankingConfig):
         changing shapes.
     shard: of several processes, each holds a part of the factors and of the teacher's weights, put together layer by
         layer as they are computed with (FSDP); otherwise each holds all.
-    seed: of the sizes and of the updates' start.
+    seed: of the first size and of the updates' start.
     """
 
     steps: int = 400
     update_rank: int = 32
-    distillation: float = 0.5
+    distillation: float = 0.25
     learning_rate: float = 1e-3
     warmup_steps: int = 10
     betas: tuple[float, float] = (0.9, 0.99)
@@ -108,6 +110,17 @@ class NestedConfig(RankingConfig):
             return self.learning_rate * (step + 1) / self.warmup_steps
         fraction = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def size_of_batch(config: NestedConfig, number: int) -> float:
+    """The size ratio that batch `number` of a run is trained at.
+
+    The multiples of the golden ratio modulo one, from a start that the seed draws: any stretch of them covers the sizes
+    more evenly than independent draws do (Weyl's sequence), so that no size is left out for long, nor at the end.
+    """
+    start = float(torch.rand((), generator=torch.Generator().manual_seed(config.seed)))
+    place = (start + number * GOLDEN_RATIO) % 1
+    return config.smallest_ratio + (config.largest_ratio - config.smallest_ratio) * place
 
 
 class RankingRun(TrainingLoop):
@@ -203,9 +216,9 @@ class NestedRun(RankingRun):
         config = self.config
         random_state, consumed = random_state_of(self.device), self.consumed
         batches, seeds = self.next_batches()
-        spread = config.largest_ratio - config.smallest_ratio
-        # A size for each batch of every process: all draw the same.
-        drawn = [config.smallest_ratio + spread * float(torch.rand(())) for _ in range(self.batches_a_step)]
+        # A size for each batch of every process.
+        first = self.step * self.batches_a_step
+        drawn = [size_of_batch(config, number) for number in range(first, first + self.batches_a_step)]
         ratios = [self.training.nearest(ratio) for ratio in drawn]
         rate = config.rate_at(self.step)
         own = ratios[self.processes.rank :: self.processes.size]
@@ -370,7 +383,7 @@ class NestedTraining:
     def set_size(self, ratio: float) -> None:
         """The ranks of the model of size `ratio`, each to the nearest multiple that products like, and at least that.
 
-        Any ranks train the same factors, and those of a size drawn at random need not be exact; but every new shape of
+        Any ranks train the same factors, and those of a size that is trained need not be exact; but every new shape of
         a product may cost a compilation, a fifth of a step in bfloat16 on a CPU. Where all steps have one size, its own
         ranks are taken.
         """

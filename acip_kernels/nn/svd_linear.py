@@ -369,8 +369,38 @@ def svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             f"svd: weight {list(weight.shape)} holds {int((~exact.isfinite()).sum())} NaN or infinite values"
         )
     try:
-        U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+        if exact.device.type != "cuda":
+            U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+        elif exact.dtype == torch.float32:
+            U, S, Vh = svd_by_square(exact)
+        else:
+            U, S, Vh = torch.linalg.svd(exact, full_matrices=False, driver="gesvd")
     except torch.linalg.LinAlgError:
         # Divide and conquer fails on rare matrices in float32; twice the digits have always been enough.
         U, S, Vh = (factor.to(exact.dtype) for factor in torch.linalg.svd(exact.double(), full_matrices=False))
     return U.to(weight.dtype).contiguous(), S, Vh.to(weight.dtype).contiguous()
+
+
+def svd_by_square(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(U, S, Vh)` of a float32 matrix by the eigenvectors of its square, which a GPU is quick and precise with.
+
+    cuSOLVER's own decomposition in float32 (Jacobi's method, torch's default) left an error of 5e-4 of the norm for a
+    matrix of 4096 × 4096 on an H100, and took nine times as long as the eigenvectors.
+
+    With `W Wᵀ = Q Λ Qᵀ` in float64, the rows of `Qᵀ W = R' V'ᵀ`, a QR decomposition, are orthogonal but for
+    `eps64 S_max² / S_i`, which is what `R'` has beside its diagonal. It is dropped: no more than `eps32 S_max` where
+    `S_i` is above `2e-9 S_max`, and below that the rows are as small. So the factors are orthonormal to float64's
+    precision, and their product is the weight to float32's, whatever its rank.
+    """
+    exact = weight.double()
+    tall = weight.shape[0] > weight.shape[1]
+    exact = exact.t() if tall else exact
+    vectors = torch.linalg.eigh(exact @ exact.t()).eigenvectors.flip(1)
+    Q, R = torch.linalg.qr((vectors.t() @ exact).t())
+    diagonal = R.diagonal()
+    S, order = diagonal.abs().sort(descending=True, stable=True)
+    # A singular value of zero has a sign too.
+    V = (Q * torch.where(diagonal < 0, -1.0, 1.0))[:, order]
+    U = vectors[:, order]
+    U, V = (V, U) if tall else (U, V)
+    return U.to(weight.dtype), S.to(weight.dtype), V.t().to(weight.dtype)
