@@ -107,6 +107,9 @@ def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
             f"variants in turns; matrix products at {summary['matmul_flops_per_s'] / 1e9:.0f} GFLOP/s.\n"
         )
         parts.append(training_step.steps_table(summary["rows"]))
+        if "earlier" in summary:
+            earlier = summary["earlier"]
+            parts.append(f"Measured earlier, on {earlier['date'][:16].replace('T', ' at ')}: {earlier['about']}.\n")
         if "run" in summary:
             parts.append("A whole run, the same number of steps on the same tokens:\n")
             parts.append(training_step.run_table(summary["run"]))

@@ -14,6 +14,7 @@ from acip_kernels.compress.basis import input_covariances, whitened_svd
 from acip_kernels.compress.config import CompressionConfig
 from acip_kernels.compress.factorize import cached_svd
 from acip_kernels.models.targets import choose_targets, linear_layers
+from acip_kernels.nn.svd_linear import svd, svd_by_square
 
 
 def test_all_linear_layers_but_the_head():
@@ -212,3 +213,43 @@ def test_a_run_in_the_basis_of_the_activations(tmp_path):
     assert result.size_ratio <= 0.5
     with pytest.raises(ValueError, match="compact: factors that were trained, or decomposed by what the activations"):
         result.save(tmp_path / "x", compact=True, base_model="base")
+
+
+MATRICES = {
+    "tall": lambda: torch.randn(30, 20),
+    "wide": lambda: torch.randn(20, 30),
+    "of a low rank": lambda: torch.randn(20, 3) @ torch.randn(3, 25),
+    "graded": lambda: _orthonormal(20) * torch.logspace(0, -12, 20) @ _orthonormal(20),
+    "of zeros": lambda: torch.zeros(4, 6),
+    "a column": lambda: torch.randn(5, 1),
+    "tiny": lambda: 1e-25 * torch.randn(6, 8),
+    "large": lambda: 1e25 * torch.randn(6, 8),
+}
+
+
+def _orthonormal(n):
+    return torch.linalg.qr(torch.randn(n, n))[0]
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_the_svd_by_the_square_is_one_to_float32s_precision(kind):
+    torch.manual_seed(0)
+    weight = MATRICES[kind]()
+    U, S, Vh = svd_by_square(weight)
+    k, norm, eps = min(weight.shape), torch.linalg.matrix_norm(weight.double(), 2), torch.finfo(torch.float32).eps
+    # What is dropped and three roundings, and the rounding to float32 of an orthonormal factor's k columns or rows.
+    assert torch.linalg.matrix_norm(U.double() * S.double() @ Vh.double() - weight.double(), 2) <= 4 * eps * norm
+    for gram in (U.double().t() @ U.double(), Vh.double() @ Vh.double().t()):
+        assert torch.linalg.matrix_norm(gram - torch.eye(k, dtype=torch.float64), 2) <= 2 * eps * k**0.5
+    assert (S - torch.linalg.svdvals(weight.double())).abs().max() <= 2 * eps * norm
+    assert bool((S >= 0).all()) and bool((S[:-1] >= S[1:]).all())
+    assert [factor.dtype for factor in (U, S, Vh)] == [torch.float32] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_gpus_svd_is_as_exact(dtype):
+    weight = torch.randn(200, 300, dtype=torch.float64).to("cuda", dtype)
+    U, S, Vh = (factor.double() for factor in svd(weight))
+    error = torch.linalg.matrix_norm(U * S @ Vh - weight.double(), 2)
+    assert error <= 4 * torch.finfo(dtype).eps * torch.linalg.matrix_norm(weight.double(), 2)

@@ -21,7 +21,7 @@ from acip_kernels import (
 )
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.loop import CHECKPOINT, HISTORY
-from acip_kernels.compress.nested import RANKING, NestedTraining
+from acip_kernels.compress.nested import RANKING, NestedTraining, size_of_batch
 from acip_kernels.models import distill
 from acip_kernels.nn.nested_linear import NestedLinear, balanced, takes_effective_weight
 from acip_kernels.ops import extension
@@ -343,3 +343,14 @@ def test_without_a_teacher_the_loss_is_the_models_own():
     assert all(layer.dense is None for layer in training.layers.values())
     batch = {"input_ids": toys.token_ids(), "labels": toys.token_ids()}
     assert float(training.loss(batch)) == pytest.approx(float(model(**batch).loss), rel=1e-5)
+
+
+def test_sizes_are_spread_evenly_over_any_stretch_of_a_run():
+    config = NestedConfig(smallest_ratio=0.3, largest_ratio=0.9, seed=5)
+    assert [size_of_batch(config, number) for number in (7, 8)] == [size_of_batch(config, n) for n in (7, 8)]
+    assert size_of_batch(config, 0) != size_of_batch(NestedConfig(smallest_ratio=0.3, largest_ratio=0.9, seed=6), 0)
+    for first in (0, 13, 400):
+        places = sorted((size_of_batch(config, first + n) - 0.3) / 0.6 for n in range(21))
+        gaps = [b - a for a, b in zip(places, [*places[1:], places[0] + 1], strict=True)]
+        # By the three-gap theorem a Fibonacci number of points leaves gaps of two lengths.
+        assert places[0] >= 0 and places[-1] <= 1 and max(gaps) < 2 / 21, max(gaps)
