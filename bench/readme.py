@@ -83,8 +83,11 @@ def longer_run(results: pathlib.Path = quality.RESULTS) -> list[str]:
     )
     if ("dense_tuned", 0) in stored:
         tuned = stored["dense_tuned", 0]["rows"][0]["wikipedia"] / dense
+        weights = [stored[name, 0]["setting"]["config"]["distillation"] for name in ("dense_tuned", "nested")]
+        other = "" if len(set(weights)) == 1 else f" (with a teacher of weight {weights[0]:g}, not {weights[1]:g})"
         text += (
-            f" Part of that is learning the kind of text: the same training at full size alone comes to {tuned:.2f}."
+            " Part of that is learning the kind of text: the same training at full size alone "
+            f"comes to {tuned:.2f}{other}."
         )
     return ["", text]
 
