@@ -416,7 +416,7 @@ def _number_cells(axes, fraction, cells):
 def plot_history(history, stem):
     """A compression run over its steps: loss, λ and size ratio, with the border between its phases.
 
-    Of a nested run, whose steps have sizes drawn at random: the loss, coloured by size, the learning rate, the sizes.
+    Of a nested run, whose steps have sizes of all kinds: the loss, coloured by size, the learning rate, the sizes.
 
     history: dicts with `step`, `phase` ("prune" and "tune", or "train"), `loss`, `lambda` or `learning_rate`,
       `size_ratio`; the last three may be missing or None. A step written again after a restart counts once, as
