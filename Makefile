@@ -23,7 +23,7 @@ demo: $(VENV)/with-demo
 	$(BIN)/acip demo --output runs/demo $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/with-test
 	$(BIN)/ruff check .

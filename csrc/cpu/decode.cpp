@@ -393,11 +393,12 @@ inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const floa
 #if defined(__AVX512BF16__)
 // ---- integers as bfloat16, which holds them exactly: 64 bytes of codes at a time, in the order in which they come apart
 
-// The inputs in that order, with zeros behind the last; of 4 bits also their sums over each group, in sixteens. few: for
-// so few tokens that 8 bits are looked up.
+// The inputs in that order, with zeros behind the last. Of 4 bits also what sums begin with, 16 lanes for two blocks, and
+// the inputs' sums over each group, in sixteens. few: for so few tokens that 8 bits are looked up.
 struct Inputs {
     const bf16* x;
     int64_t stride;
+    const float* starts;
     const float* sums;
     int64_t sums_stride;
     bool few;
@@ -420,19 +421,31 @@ inline void arrange_i8(const bf16* x, int64_t cols, bool few, bf16* out) {
 
 // 4 bits: a word of 16 bits has four codes, from its lowest bits on of columns 2 i, 2 i + 32, 2 i + 1 and 2 i + 33 of a
 // block, and 32 words are two blocks.
+// starts: `start` times the inputs that a lane of two blocks' products takes.
 constexpr int64_t kColumns4 = 128;
-inline void arrange_i4(const bf16* x, int64_t cols, int64_t group, bf16* out, float* sums) {
+inline void arrange_i4(const bf16* x, int64_t cols, int64_t group, float start, bf16* out, float* starts, float* sums) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     const __m512i even = _mm512_load_si512(kNumbers.even);
     const __m512i odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
     for (int64_t j = 0; j < cols; j += kColumns4) {
         __m512i part[4];
         for (int64_t i = 0; i < 4; ++i) part[i] = (__m512i)load_32(x + j + 32 * i, cols - j - 32 * i);
-        _mm512_storeu_si512(out + j, _mm512_permutex2var_epi16(part[0], even, part[2]));
-        _mm512_storeu_si512(out + j + 32, _mm512_permutex2var_epi16(part[1], even, part[3]));
-        _mm512_storeu_si512(out + j + 64, _mm512_permutex2var_epi16(part[0], odd, part[2]));
-        _mm512_storeu_si512(out + j + 96, _mm512_permutex2var_epi16(part[1], odd, part[3]));
+        __m512 low = _mm512_setzero_ps(), high = low;
+        for (int64_t i = 0; i < 4; ++i) {
+            __m512i mixed = _mm512_permutex2var_epi16(part[i % 2], i < 2 ? even : odd, part[i % 2 + 2]);
+            _mm512_storeu_si512(out + j + 32 * i, mixed);
+            __m512& sum = i % 2 ? high : low;
+            sum = _mm512_dpbf16_ps(sum, ones, (__m512bh)mixed);
+        }
+        const __m512 by = _mm512_set1_ps(start);
+        if (group == 32) {
+            _mm512_storeu_ps(starts + j / 4, _mm512_mul_ps(low, by));
+            _mm512_storeu_ps(starts + j / 4 + 16, _mm512_mul_ps(high, by));
+        } else {
+            _mm512_storeu_ps(starts + j / 8, _mm512_mul_ps(_mm512_add_ps(low, high), by));
+        }
     }
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    if (!sums) return;
     int64_t g = 0;
     for (int64_t j = 0; j < cols; j += group, ++g) {
         __m512 sum = _mm512_setzero_ps();
@@ -443,16 +456,18 @@ inline void arrange_i4(const bf16* x, int64_t cols, int64_t group, bf16* out, fl
 }
 
 // A code q in the upper bits of the mantissa is the bfloat16 16 + q, whatever its zero: of a group of any zero it takes
-// one look-up or two operations. What that is too much, 16 + zero for each weight, is taken off by the inputs' sums:
-// these are sums in float32 of numbers up to 31 times an input, and products of integers, exact unless inputs of a group
-// are of very different sizes. kHalves: groups of 32, so that each half of a block has a scale of its own. Scales are
-// made floats for 1024 columns at a time: of groups of 32 one is then a broadcast from memory, of larger ones, of which
-// there are no more than 16, a lane of a register. (What was just stored is waited for, and a short row is over by then.)
+// one look-up or two operations. What that is too much, 24 times the inputs for a zero of 8, a lane's sum begins below
+// nothing with, which takes no operation; where groups have zeros of their own that is 16 times the inputs, and the zeros
+// are taken off with the group's sum. These are sums in float32 of numbers up to 31 times an input, and products of
+// integers, exact unless inputs of a group are of very different sizes. kHalves: groups of 32, so that each half of a
+// block has a scale of its own. Scales of 32 groups are a register, as they are stored: a word of it moved to the upper
+// half of a lane is that scale as a float.
 template <int64_t T, bool kHalves>
 inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const Inputs& x, Sums* out, int64_t step) {
-    constexpr int64_t kColumns = 1024;
+    constexpr int64_t kGroups = 32;
     const int bits = group_bits(matrix);
-    const int64_t all_groups = groups_of(matrix, matrix.cols);
+    const int64_t all_groups = groups_of(matrix, matrix.cols), columns = kGroups << bits;
+    const int64_t starts_stride = x.stride / (kHalves ? 4 : 8);
     Int4Row w[kRows];
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, all_groups, at[r]);
@@ -461,73 +476,69 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int64_t t = 0; t < T; ++t) sums[r][t] = _mm512_setzero_ps();
-    alignas(64) float scales[kRows][kColumns / 32];
-    __m512 lanes[kRows] = {};
-    // Which of the lanes two blocks' sums are scaled by: half of a sum's lanes are of each.
-    const __m512i half = _mm512_mask_mov_epi32(_mm512_setzero_si512(), 0xff00, _mm512_set1_epi32(64));
+    // Where a lane's scale is: half of a sum's lanes are of each of two blocks.
+    const __m512i first_place = _mm512_maskz_set1_epi16(0xffff0000u, kHalves ? 2 : 64);
+    const __m512i next_place = _mm512_set1_epi16(kHalves ? 4 : kColumns4);
+    const __m128i shift = _mm_cvtsi32_si128(bits);
     const __m512i table = _mm512_load_si512(kNumbers.sixteen_and), mantissa = _mm512_set1_epi16(0x0078),
                   sixteen = _mm512_set1_epi16(0x4180);
-    for (int64_t first = 0; first < matrix.cols; first += kColumns) {
-        int64_t columns = matrix.cols - first < kColumns ? matrix.cols - first : kColumns;
-        int64_t group = first >> bits, groups = (columns + matrix.group - 1) >> bits;
-        for (int64_t g = 0; g < groups; g += 16) {
-            __mmask16 mask = groups - g < 16 ? __mmask16((1u << (groups - g)) - 1) : __mmask16(0xffff);
+    for (int64_t first = 0; first < matrix.cols; first += columns) {
+        const int64_t group = first >> bits, left = all_groups - group;
+        const __mmask32 some = left < kGroups ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
+        __m512i scales[kRows];
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kRows; ++r) scales[r] = _mm512_maskz_loadu_epi16(some, w[r].scales + group);
+        if (matrix.zeros)
+            for (int64_t g = 0; g < left && g < kGroups; g += 16)
+#pragma GCC unroll 8
+                for (int64_t r = 0; r < kRows; ++r) {
+                    __m256i stored = _mm256_maskz_loadu_epi16(__mmask16(some >> g), w[r].scales + group + g);
+                    __m128i zeros = _mm_maskz_loadu_epi8(__mmask16(some >> g), w[r].zeros + group + g);
+                    __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
+                    __m512 offset = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(zeros)));
+#pragma GCC unroll 8
+                    for (int64_t t = 0; t < T; ++t)
+                        sums[r][t] = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(x.sums + t * x.sums_stride + group + g),
+                                                      sums[r][t]);
+                }
+        __m512i place = first_place;
+        auto two_blocks = [&](int64_t j, __mmask8 mask) __attribute__((always_inline)) {
+            const __m512i low_place = kHalves ? place : _mm512_srl_epi16(place, shift);
+            const __m512i high_place = _mm512_add_epi16(low_place, _mm512_set1_epi16(1));
+            place = _mm512_add_epi16(place, next_place);
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
-                __m256i stored = _mm256_maskz_loadu_epi16(mask, w[r].scales + group + g);
-                __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(stored), 16));
-                if (kHalves)
-                    _mm512_store_ps(scales[r] + g, scale);
-                else
-                    lanes[r] = scale;
-                __m512 zero = _mm512_set1_ps(8.0f);
-                if (w[r].zeros)
-                    zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w[r].zeros + group + g)));
-                __m512 offset = _mm512_mul_ps(scale, _mm512_add_ps(zero, _mm512_set1_ps(16.0f)));
-#pragma GCC unroll 8
-                for (int64_t t = 0; t < T; ++t)
-                    sums[r][t] = _mm512_fnmadd_ps(offset, _mm512_loadu_ps(x.sums + t * x.sums_stride + group + g),
-                                                  sums[r][t]);
-            }
-        }
-        auto two_blocks = [&](int64_t number, __mmask8 mask) __attribute__((always_inline)) {
-            const bf16* input = x.x + first + number * kColumns4;
-            auto scale_of = [&](int64_t r, int64_t low, int64_t high) __attribute__((always_inline)) {
-                return _mm512_mask_mov_ps(_mm512_set1_ps(scales[r][low]), 0xff00, _mm512_set1_ps(scales[r][high]));
-            };
-            const __m512i lane = _mm512_srl_epi32(_mm512_add_epi32(half, _mm512_set1_epi32(int(number * kColumns4))),
-                                                  _mm_cvtsi32_si128(bits));
-#pragma GCC unroll 8
-            for (int64_t r = 0; r < kRows; ++r) {
-                const uint8_t* bytes = w[r].codes + (first + number * kColumns4) / 2;
+                const uint8_t* bytes = w[r].codes + (uint64_t(j) >> 1);
                 fetch(bytes);
                 __m512i codes = _mm512_maskz_loadu_epi64(mask, bytes);
                 auto code = [&](int right) __attribute__((always_inline)) {
                     return (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, right), mantissa, sixteen, 0xea);
                 };
+                auto scale_at = [&](__m512i words) __attribute__((always_inline)) {
+                    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, words, scales[r]));
+                };
                 // The lowest four bits are looked up, by five, instead of shifted.
                 __m512bh weights[4] = {(__m512bh)_mm512_permutexvar_epi16(codes, table), code(1), code(5), code(9)};
+                const __m512 low_scale = scale_at(low_place), high_scale = kHalves ? scale_at(high_place) : low_scale;
 #pragma GCC unroll 8
                 for (int64_t t = 0; t < T; ++t) {
+                    const float* starts = x.starts + t * starts_stride + (uint64_t(j) >> (kHalves ? 2 : 3));
                     __m512bh inputs[4];
 #pragma GCC unroll 8
-                    for (int64_t i = 0; i < 4; ++i) inputs[i] = load_32(input + t * x.stride + 32 * i);
-                    __m512 low = _mm512_dpbf16_ps(_mm512_setzero_ps(), weights[0], inputs[0]);
+                    for (int64_t i = 0; i < 4; ++i) inputs[i] = load_32(x.x + t * x.stride + j + 32 * i);
+                    __m512 low = _mm512_dpbf16_ps(_mm512_loadu_ps(starts), weights[0], inputs[0]);
                     low = _mm512_dpbf16_ps(low, weights[2], inputs[2]);
-                    __m512 high = _mm512_dpbf16_ps(kHalves ? _mm512_setzero_ps() : low, weights[1], inputs[1]);
+                    __m512 high = _mm512_dpbf16_ps(kHalves ? _mm512_loadu_ps(starts + 16) : low, weights[1], inputs[1]);
                     high = _mm512_dpbf16_ps(high, weights[3], inputs[3]);
-                    if (kHalves) {
-                        sums[r][t] = _mm512_fmadd_ps(low, scale_of(r, 4 * number, 4 * number + 2), sums[r][t]);
-                        sums[r][t] = _mm512_fmadd_ps(high, scale_of(r, 4 * number + 1, 4 * number + 3), sums[r][t]);
-                    } else {
-                        sums[r][t] = _mm512_fmadd_ps(high, _mm512_permutexvar_ps(lane, lanes[r]), sums[r][t]);
-                    }
+                    if (kHalves) sums[r][t] = _mm512_fmadd_ps(low, low_scale, sums[r][t]);
+                    sums[r][t] = _mm512_fmadd_ps(high, high_scale, sums[r][t]);
                 }
             }
         };
-        int64_t blocks = (columns + 63) / 64;
-        for (int64_t number = 0; number < blocks / 2; ++number) two_blocks(number, 0xff);
-        if (blocks % 2) two_blocks(blocks / 2, 0x0f);
+        const int64_t end = matrix.cols - first < columns ? matrix.cols : first + columns;
+        int64_t j = first;
+        for (; j + 64 < end; j += kColumns4) two_blocks(j, 0xff);
+        if (j < end) two_blocks(j, 0x0f);
     }
 #pragma GCC unroll 8
     for (int64_t t = 0; t < T; ++t) put(V{sums[0][t]}, V{sums[1][t]}, V{sums[2][t]}, V{sums[3][t]}, out[t], step);
@@ -646,6 +657,7 @@ void some_rows(const Matrix& matrix, const Streams& streams, int64_t from, int64
     if constexpr (__is_same(X, bf16)) {
         Inputs inputs = source.arranged;
         inputs.x += token * inputs.stride, inputs.sums += token * inputs.sums_stride;
+        inputs.starts += token * inputs.stride / (matrix.group == 32 ? 4 : 8);
         if constexpr (T <= kFew)
             if (eight && inputs.few)
                 return each([&](auto& at, int64_t step) { rows_i8_bf16<T, true>(matrix, at, inputs, sums, step); });
@@ -692,19 +704,25 @@ Source<X> source_of(const Product& p, int64_t tokens) {
 #if defined(__AVX512BF16__)
     if constexpr (__is_same(X, bf16)) {
         thread_local std::vector<bf16> arranged;
-        thread_local std::vector<float> sums;
-        int64_t unit = four ? kColumns4 : kColumns8, stride = (cols + unit - 1) / unit * unit;
-        int64_t groups = four ? (groups_of(p.weight, cols) + 15) / 16 * 16 : 0;
-        if (int64_t(arranged.size()) < tokens * stride) arranged.resize(tokens * stride);
-        if (int64_t(sums.size()) < tokens * groups) sums.resize(tokens * groups);
+        thread_local std::vector<float> starts, sums;
+        auto room = [](auto& memory, int64_t size) {
+            if (int64_t(memory.size()) < size) memory.resize(size);
+            return memory.data();
+        };
+        const int64_t unit = four ? kColumns4 : kColumns8, stride = (cols + unit - 1) / unit * unit;
+        const int64_t starts_stride = !four ? 0 : stride / (p.weight.group == 32 ? 4 : 8);
+        const int64_t groups = four && p.weight.zeros ? (groups_of(p.weight, cols) + 15) / 16 * 16 : 0;
+        Inputs to{room(arranged, tokens * stride), stride, room(starts, tokens * starts_stride),
+                  room(sums, tokens * groups), groups, tokens <= kFew};
         for (int64_t t = 0; t < tokens; ++t)
             if (four)
-                arrange_i4(x + t * p.x_stride, cols, p.weight.group, arranged.data() + t * stride,
-                           sums.data() + t * groups);
+                arrange_i4(x + t * p.x_stride, cols, p.weight.group, p.weight.zeros ? -16.0f : -24.0f,
+                           arranged.data() + t * stride, starts.data() + t * starts_stride,
+                           groups ? sums.data() + t * groups : nullptr);
             else
-                arrange_i8(x + t * p.x_stride, cols, tokens <= kFew, arranged.data() + t * stride);
+                arrange_i8(x + t * p.x_stride, cols, to.few, arranged.data() + t * stride);
         Source<X> source{x, p.x_stride};
-        source.arranged = {arranged.data(), stride, sums.data(), groups, tokens <= kFew};
+        source.arranged = to;
         return source;
     }
 #endif
