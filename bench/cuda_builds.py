@@ -68,23 +68,24 @@ def version() -> str:
     return re.search(r"V(\d+\.\d+\.\d+)", subprocess.check_output([nvcc(), "--version"], text=True))[1]
 
 
-def builds(targets=TARGETS) -> list[dict]:
-    """Every kernel for every target, in numbers."""
+def compile_kernels(path: str | pathlib.Path) -> None:
+    """The kernels as the object `path`, with machine code for every target."""
+    targets = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in TARGETS]
+    source = str(ROOT / "csrc/cuda/decode.cu")
+    command = [nvcc(), *FLAGS, "-Xcompiler", "-fPIC", *targets, "-c", source, "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc: {done.stdout}{done.stderr}")
+
+
+def builds(path: str | pathlib.Path) -> list[dict]:
+    """Every kernel for every target, in numbers, of what `compile_kernels` made."""
     rows = []
-    for target in targets:
-        with tempfile.TemporaryDirectory() as folder:
-            cubin = f"{folder}/decode.cubin"
-            architecture = f"arch={target.replace('sm', 'compute')},code={target}"
-            source = str(ROOT / "csrc/cuda/decode.cu")
-            done = subprocess.run(
-                [nvcc(), *FLAGS, "-gencode", architecture, "-cubin", source, "-o", cubin],
-                capture_output=True,
-                text=True,
-            )
-            if done.returncode:
-                raise RuntimeError(f"nvcc: {done.stdout}{done.stderr}")
-            dump = [cuobjdump(), "--dump-resource-usage", "--dump-sass", cubin]
-            usage, sass = (subprocess.check_output([dump[0], flag, cubin], text=True) for flag in dump[1:3])
+    for target in TARGETS:
+        dump = [cuobjdump(), "--gpu-architecture", target, str(path)]
+        usage, sass = (
+            subprocess.check_output([*dump, flag], text=True) for flag in ("--dump-resource-usage", "--dump-sass")
+        )
         used = {
             name: {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", numbers)}
             for name, numbers in re.findall(r"Function (\S+):\s*\n(.*)", usage)
@@ -232,10 +233,13 @@ def main(store: Annotated[bool, typer.Option(help="Write the result under bench/
     """Compile the CUDA kernels for both targets and lay out a model's layers; about half a minute."""
     if nvcc() is None or cuobjdump() is None:
         raise typer.BadParameter("needs nvcc, in the PATH or under CUDA_HOME, and cuobjdump, which Triton has too")
+    with tempfile.TemporaryDirectory() as folder:
+        compile_kernels(f"{folder}/decode.o")
+        rows = builds(f"{folder}/decode.o")
     result = {
         "nvcc": version(),
         "date": report.device_description()["date"],
-        "builds": builds(),
+        "builds": rows,
         "schedules": schedules(),
     }
     if store:

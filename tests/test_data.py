@@ -590,7 +590,6 @@ def test_the_real_model_on_the_real_text(tmp_path):
     assert len(texts) == 105
     tokens = data.tokenize(tokenizer, texts[-20:])
     assert tokens.numel() == 145_879
-    # Measured: 16.75 over these 16 windows, 18.03 over all 142. The windows' losses have a standard deviation
-    # of 0.27, so 16 of them tell all 142 to 7 % only; the same 16 windows give the same value to rounding.
-    perplexity = evaluate.perplexity(model, tokens, context=1024, max_windows=16)
-    assert perplexity.value == pytest.approx(16.7, rel=0.01)
+    # Measured: 19.35 over these 4 windows, 18.03 over all 142; the same windows give the same value to rounding.
+    perplexity = evaluate.perplexity(model, tokens, context=1024, max_windows=4)
+    assert perplexity.value == pytest.approx(19.35, rel=0.01)

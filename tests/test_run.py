@@ -653,8 +653,7 @@ def test_masks_on_two_devices_are_refused():
         ScoreMap(layers)
 
 
-@pytest.mark.parametrize("route", ["factored", "effective"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout, route", [(0.0, "factored"), (0.3, "effective")])
 def test_a_step_compiles_and_is_the_same_step(dropout, route):
     """In float64: ranks die at the same steps, so that every loss is the same but for the order of sums."""
 

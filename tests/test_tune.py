@@ -139,9 +139,17 @@ def case_of(layers, x, mode=op.CONCATENATE, copies=1):
     return tune.Case("toy", x, [tensors] * copies, tuple(spec), mode)
 
 
+# One form of each kind of 4 bits, half a minute in the interpreter; both forms are in tests of the kernel itself.
 @pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", [op.FACTORS, op.PIVOTED], ids=["factors", "pivoted"])
+@pytest.mark.parametrize(
+    "form, kind",
+    [
+        pytest.param(form, kind, id=f"{name}-{kind}")
+        for name, form in (("factors", op.FACTORS), ("pivoted", op.PIVOTED))
+        for kind in KINDS
+        if (name, kind) not in (("factors", "int4 with zeros"), ("pivoted", "int4"))
+    ],
+)
 def test_every_config_that_is_tried_gives_the_same_but_for_rounding(monkeypatch, form, kind, tokens):
     dtype = torch.float32
     layers = [Layer(form, 150, 70, 40, dtype, KINDS[kind], seed=1), Layer(op.DENSE, 150, 20, 0, dtype, seed=2)]
