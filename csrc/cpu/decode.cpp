@@ -159,11 +159,13 @@ inline V load_part(const T* p, int64_t count) {
 }
 #endif
 
-// Integers are few bytes and many operations, with which the processor's own prefetcher does not overlap all of the
-// waiting: their streams are asked for ahead, from memory and then from the second cache.
-inline void fetch(const void* weights) {
+// The processor's own prefetcher stops at a page's end, and leaves some of the waiting where there is more to do than to
+// read, for integers and for several tokens: streams are asked for ahead, from memory, and then, with `near`, from the
+// second cache. (Floats of 2 to 8 tokens are a tenth faster by either. Of one token, which does little but wait for
+// memory, the second is a loss, and so is asking twice as far ahead.)
+inline void fetch(const void* weights, bool near) {
     __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
-    __builtin_prefetch(static_cast<const char*>(weights) + 512, 0, 3);
+    if (near) __builtin_prefetch(static_cast<const char*>(weights) + 512, 0, 3);
 }
 
 // ---- four rows, T tokens
@@ -204,7 +206,7 @@ inline void rows(const Matrix& matrix, const int64_t (&at)[kRows], const X* x, i
             V weights[kRows];
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
-                if (__is_same(W, int8_t)) fetch(w[r] + j + u * V::n);
+                fetch(w[r] + j + u * V::n, T > 1 || __is_same(W, int8_t));
                 weights[r] = load(w[r] + j + u * V::n);
             }
 #pragma GCC unroll 8
@@ -260,10 +262,8 @@ inline void rows_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const bf
             __m512bh weights[kRows];
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
+                fetch(w[r] + j + u * 32, T > 1);
                 weights[r] = load_32(w[r] + j + u * 32);
-                // Where memory is fast enough that waiting counts (47 to 49 GB/s for 42 to 46 of 52); no slower at 33,
-                // where a second cache asked too, or twice as far ahead, is.
-                if (T == 1) __builtin_prefetch(reinterpret_cast<const char*>(w[r] + j + u * 32) + 4096, 0, 2);
             }
 #pragma GCC unroll 8
             for (int64_t t = 0; t < T; ++t) {
@@ -364,7 +364,7 @@ inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const floa
         int64_t low_group = j >> bits, high_group = (j + 32) >> bits;
         high_group = high_group < last ? high_group : last;  // beyond the last column there are only zeros
         for (int64_t r = 0; r < kRows; ++r) {
-            fetch(w[r].codes + j / 2);
+            fetch(w[r].codes + j / 2, true);
             const float* low_table = kTables.numbers[w[r].zero(low_group)];
             const float* high_table = kTables.numbers[w[r].zero(high_group)];
             V low[T], high[T];
@@ -509,7 +509,7 @@ inline void rows_i4_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
                 const uint8_t* bytes = w[r].codes + (uint64_t(j) >> 1);
-                fetch(bytes);
+                fetch(bytes, true);
                 __m512i codes = _mm512_maskz_loadu_epi64(mask, bytes);
                 auto code = [&](int right) __attribute__((always_inline)) {
                     return (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi16(codes, right), mantissa, sixteen, 0xea);
@@ -602,7 +602,7 @@ inline void rows_i8_bf16(const Matrix& matrix, const int64_t (&at)[kRows], const
     int64_t j = 0;
     for (; j + kColumns8 <= matrix.cols; j += kColumns8) {
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < kRows; ++r) fetch(w[r] + j);
+        for (int64_t r = 0; r < kRows; ++r) fetch(w[r] + j, true);
         columns(j, ~__mmask64(0));
     }
     if (j < matrix.cols) columns(j, (__mmask64(1) << (matrix.cols - j)) - 1);
@@ -891,8 +891,8 @@ inline __m512 lane_products(__m512 sum, const bf16* weights, __m512i lanes) {
 #endif
 
 // to[block][row][token] = the sums of 8 rows `w` for B blocks of 16 tokens. apart: floats from one block to the next.
-// ahead: bytes to the rows that come next, which are asked for meanwhile; 8 short rows are no stream that the processor
-// would follow by itself. 0: they have been read.
+// ahead: bytes to the rows after the next ones, which are asked for meanwhile, into the second cache, as the first one is
+// the inputs'; 8 short rows are no stream that the processor would follow by itself. 0: they have been read.
 template <class X, int64_t B>
 void lane_rows(const X* const (&w)[kLaneRows], int64_t cols, const float* lanes, int64_t apart, int64_t ahead,
                float (*to)[16][kLanes]) {
@@ -915,7 +915,7 @@ void lane_rows(const X* const (&w)[kLaneRows], int64_t cols, const float* lanes,
         if (ahead)
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kLaneRows; ++r)
-                __builtin_prefetch(reinterpret_cast<const char*>(w[r] + line * kUnit<X>) + ahead);
+                __builtin_prefetch(reinterpret_cast<const char*>(w[r] + line * kUnit<X>) + ahead, 0, 2);
         const int64_t end = whole - line < 16 ? whole : line + 16;
         for (int64_t u = line; u < end; ++u) unit(u, [&](int64_t r) { return w[r] + u * kUnit<X>; });
     }
@@ -967,7 +967,7 @@ void product_by_lanes(const Product& p, int64_t tokens, int64_t begin, int64_t e
                         w[r] = reinterpret_cast<const X*>(static_cast<const char*>(p.weight.data) + at * p.weight.stride);
                     }
                     auto to = reinterpret_cast<float(*)[16][kLanes]>(sums[0][half]);
-                    const int64_t ahead = b == 0 ? kLaneRows * p.weight.stride : 0;
+                    const int64_t ahead = b == 0 ? 2 * kLaneRows * p.weight.stride : 0;
                     if (both == 2)
                         lane_rows<X, 2>(w, cols, lanes + b * apart, apart, ahead, to);
                     else
