@@ -624,7 +624,7 @@ int64_t few_tokens(Number number, Number type) {
     // Codes are made numbers anew for every few tokens, or once for a product of torch's.
     if (type == Number::i4 || number == Number::f16) return 32;
     if (type == Number::i8) return number == Number::f32 ? 128 : 64;
-    return number == Number::f32 ? 512 : 256;
+    return number == Number::f32 ? 512 : 192;
 }
 
 // x weightᵀ + bias, into y where that is given. What a matrix library does not know as a weight is made of its codes.
