@@ -206,8 +206,10 @@ inline void rows(const Matrix& matrix, const int64_t (&at)[kRows], const X* x, i
             V weights[kRows];
 #pragma GCC unroll 8
             for (int64_t r = 0; r < kRows; ++r) {
-                fetch(w[r] + j + u * V::n, T > 1 || __is_same(W, int8_t));
-                weights[r] = load(w[r] + j + u * V::n);
+                const int64_t column = j + u * V::n;
+                if (V::n * sizeof(W) == 64 || column * sizeof(W) % 64 == 0)  // once a cache line
+                    fetch(w[r] + column, T > 1 || __is_same(W, int8_t));
+                weights[r] = load(w[r] + column);
             }
 #pragma GCC unroll 8
             for (int64_t t = 0; t < T; ++t) {
