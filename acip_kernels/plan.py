@@ -466,10 +466,20 @@ class Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
+def _legal_configs(
+    device: Device, tokens: int, kinds: tuple[int, ...], columns: int, split: bool
+) -> tuple[DecodeConfig, ...]:
+    """Of weights of these kinds, the narrowest of `columns`: the rule asks for no more, and models have few of them."""
+    weights = tuple((1, columns, kind, 0) for kind in kinds)
+    return tuple(config for config, reason in decode_configs(device, tokens, weights, split) if reason is None)
+
+
+@functools.lru_cache(maxsize=4096)
 def decode_candidates(device: Device, launch: Launch) -> tuple[DecodeConfig, ...]:
     """All legal configs of a launch, the one first that the model takes to be the fastest."""
     tokens, weights, split, together, itemsize = launch
-    legal = [config for config, reason in decode_configs(device, tokens, weights, split) if reason is None]
+    kinds, columns = tuple(sorted({kind for _, _, kind, _ in weights})), min(cols for _, cols, _, _ in weights)
+    legal = _legal_configs(device, min(tokens, 2), kinds, columns, split)
 
     # The fewest splits and the smallest tile of those that are equally fast, so that the order is one.
     def cost(c: DecodeConfig) -> tuple:
