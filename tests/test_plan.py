@@ -13,8 +13,10 @@ from acip_kernels.plan import (
     DEVICES,
     ROUTES,
     DecodeConfig,
+    Launch,
     Product,
     TrainingPlan,
+    decode_candidates,
     decode_config,
     decode_configs,
     decode_seconds,
@@ -161,6 +163,19 @@ def test_the_chosen_config_is_legal_and_the_fastest_of_the_model(device, kind, t
         assert chosen in legal and why_not(chosen, device, tokens, weights, split) is None
         times = [decode_seconds(config, device, tokens, weights, split=split) for config in legal]
         assert decode_seconds(chosen, device, tokens, weights, split=split) == min(times)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=lambda device: device.name)
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+@pytest.mark.parametrize("split", [False, True])
+def test_candidates_are_all_that_is_legal_for_these_very_weights(device, tokens, split):
+    """They are found once for all weights of the same kinds and least width, in whatever order and of how many rows."""
+    for kinds in ((0,), (1, 0), (0, 2), (3, 1), (2, 3), (4,)):
+        for widths in ((64, 4096), (1024, 200), (4096, 14336)):
+            weights = tuple((100 + 7 * i, cols, kind, 0) for i, (cols, kind) in enumerate(zip(widths, kinds * 2)))
+            legal = {config for config, reason in decode_configs(device, tokens, weights, split) if reason is None}
+            candidates = decode_candidates(device, Launch(tokens, weights, split))
+            assert len(candidates) == len(legal) and set(candidates) == legal
 
 
 def test_the_model_picks_what_an_h100_was_fast_with():
