@@ -26,7 +26,7 @@ if X86:
     ISAS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
     # GCC 12 warns of its own header, whose undefined vectors are meant (GCC bug 105593).
     ISAS["avx512"] += ["-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vbmi"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"]
 # In decode.cpp, whose vectors are written out, GCC makes vectors of four rows' addresses besides: stored by one
 # instruction and read by four, which the processor cannot forward; a short row waits for that longer than it takes.
 KERNELS = {"training": [], "decode": ["-fno-tree-slp-vectorize"]}

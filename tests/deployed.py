@@ -30,7 +30,14 @@ class Matrix:
 
     def __init__(self, generator, rows, cols, kind, dtype, group=32):
         self.rows, self.cols = rows, cols
-        self.spec = [kind, cols, group if kind in (op.INT4, op.INT4_ZEROS) else 0]
+        four = kind in (op.INT4, op.INT4_ZEROS)
+        self.spec = [kind, cols, group if four else 0]
+        # The CPU's kernels of codes may round the inputs of a group to a power of two that makes the largest a whole
+        # number of 15 bits, at most one off (128 / 255 of a unit, as a bfloat16 of all 8 bits is), or of 22.
+        self.group = group if four else 128
+        self.share, self.offset = 0.0, None
+        if four or (kind == op.INT8 and dtype == torch.bfloat16):
+            self.share = 2.0**-14 * 128 / 255 if dtype == torch.bfloat16 else 2.0**-22
         if kind == op.PLAIN:
             self.tensors = [operators.numbers(generator, rows, cols, dtype=dtype)]
             self.values = self.tensors[0].double()
@@ -56,7 +63,22 @@ class Matrix:
         self.tensors = [packed, scales] + ([zeros] if kind == op.INT4_ZEROS else [])
         zero = zeros.double() if kind == op.INT4_ZEROS else torch.full((rows, groups), 8.0, dtype=torch.float64)
         of = torch.arange(cols) // group
+        # A code is multiplied as it is, and its zero: both in sums of float32, those of bfloat16 also with 16 more.
+        self.offset = (62 if dtype == torch.bfloat16 else 30) * scales.double()[:, of]
         self.values = (codes[:, :cols].double() - zero[:, of]) * scales.double()[:, of]
+
+    def shared(self, x):
+        """How far outputs may be off by what codes of a group share, a unit of the inputs and a zero.
+
+        x: float64, at most so large.
+        """
+        x, off = x.abs(), torch.zeros(*x.shape[:-1], self.rows, dtype=torch.float64)
+        if self.share:
+            parts = zip(x.split(self.group, -1), self.values.abs().split(self.group, -1), strict=True)
+            off += self.share * sum(part.amax(-1, keepdim=True) * values.sum(-1) for part, values in parts)
+        if self.offset is not None:
+            off += error_bound(torch.float32, x @ self.offset.t(), roundings=0, sums=self.cols + 40)
+        return off
 
 
 class Layer:
@@ -87,18 +109,31 @@ class Layer:
 
     def magnitude(self, x):
         """The sums of absolute values behind each output, float64."""
-        y = x.double().abs() @ self.matrices[0].values.abs().t()
-        if self.s is not None:
-            y = y * self.s.double().abs()
-        if self.form != op.DENSE:
-            second = y @ self.matrices[1].values.abs().t()
-            if self.form == op.PIVOTED:
-                whole = torch.empty(*x.shape[:-1], self.out, dtype=torch.float64)
-                whole[..., self.place] = torch.cat([y, second], -1)
-                y = whole
-            else:
-                y = second
+        z = self._first(x)
+        y = z if self.form == op.DENSE else self._outputs(z, z @ self.matrices[1].values.abs().t())
         return y if self.bias is None else y + self.bias.double().abs()
+
+    def shared(self, x):
+        """How far each output may be off by what codes share."""
+        x = x.double()
+        z = self.matrices[0].shared(x)
+        if self.s is not None:
+            z = z * self.s.double().abs()
+        if self.form == op.DENSE:
+            return z
+        through = z @ self.matrices[1].values.abs().t()
+        return self._outputs(z, through + self.matrices[1].shared(self._first(x) + z))
+
+    def _first(self, x):
+        z = x.double().abs() @ self.matrices[0].values.abs().t()
+        return z if self.s is None else z * self.s.double().abs()
+
+    def _outputs(self, z, second):
+        if self.form != op.PIVOTED:
+            return second
+        whole = torch.empty(*z.shape[:-1], self.out, dtype=torch.float64)
+        whole[..., self.place] = torch.cat([z, second], -1)
+        return whole
 
     @property
     def terms(self):
@@ -111,7 +146,7 @@ def inputs(dtype, tokens, in_, seed=1):
 
 def bound(layer, x, dtype, roundings=3):
     # z, its product with the bias's sum and the output are rounded; scales, s and the lanes' sums besides the terms.
-    return error_bound(dtype, layer.magnitude(x), roundings=roundings, sums=layer.terms + 40)
+    return error_bound(dtype, layer.magnitude(x), roundings=roundings, sums=layer.terms + 40) + layer.shared(x)
 
 
 def bounds(layers, x, dtype, roundings=3):

@@ -6,7 +6,8 @@
 // tokens the same four rows are read again, from the cache.
 //
 // The loops are templates over how 16 (or 8) weights become floats; with bfloat16 instructions, products of bfloat16
-// inputs are 32 at a time, and what bounds those of integers is how few operations make bfloat16 of them.
+// inputs are 32 at a time. What bounds products of integers is how few operations bring them to a product: codes of 4 bits
+// stay integers, where there are instructions for these, and so do those of 8 of one token.
 #include "acip/decode.h"
 
 #include <cmath>
@@ -34,6 +35,7 @@ struct V {
     static V of(float value) { return {_mm512_set1_ps(value)}; }
     static V multiply_add(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
     static V add(V a, V b) { return {_mm512_add_ps(a.v, b.v)}; }
+    static V multiply(V a, V b) { return {_mm512_mul_ps(a.v, b.v)}; }
 };
 // The sums of four vectors' lanes: halves are added while they are interleaved, 13 operations for all four.
 inline void sums_of(V a, V b, V c, V d, float* out) {
@@ -68,6 +70,7 @@ struct V {
     static V of(float value) { return {_mm256_set1_ps(value)}; }
     static V multiply_add(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
     static V add(V a, V b) { return {_mm256_add_ps(a.v, b.v)}; }
+    static V multiply(V a, V b) { return {_mm256_mul_ps(a.v, b.v)}; }
 };
 inline void sums_of(V a, V b, V c, V d, float* out) {
     __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
@@ -154,7 +157,24 @@ inline V load_part(const T* p, int64_t count) {
 template <class T>
 inline V load_part(const T* p, int64_t count) {
     T whole[V::n] = {};
-    std::memcpy(whole, p, count * sizeof(T));
+    if constexpr (sizeof(T) == 4) {
+        std::memcpy(whole, p, count * sizeof(T));
+        return load(whole);
+    }
+    // A copy of a length that the compiler does not know is a call: two of a length that it knows, which overlap.
+    const char* from = reinterpret_cast<const char*>(p);
+    const int64_t bytes = count * int64_t(sizeof(T));
+    auto both = [&](auto half) __attribute__((always_inline)) {
+        auto second = half;
+        std::memcpy(&half, from, sizeof half);
+        std::memcpy(&second, from + bytes - sizeof half, sizeof half);
+        std::memcpy(whole, &half, sizeof half);
+        std::memcpy(reinterpret_cast<char*>(whole) + bytes - sizeof half, &second, sizeof half);
+    };
+    if (bytes >= 8) both(uint64_t());
+    else if (bytes >= 4) both(uint32_t());
+    else if (bytes >= 2) both(uint16_t());
+    else if (bytes == 1) both(uint8_t());
     return load(whole);
 }
 #endif
@@ -166,6 +186,11 @@ inline V load_part(const T* p, int64_t count) {
 inline void fetch(const void* weights, bool near) {
     __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
     if (near) __builtin_prefetch(static_cast<const char*>(weights) + 512, 0, 3);
+}
+// Where integers are multiplied as integers there is less to do between two lines, and more of them are under way.
+inline void fetch_further(const void* weights) {
+    __builtin_prefetch(static_cast<const char*>(weights) + 6144, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(weights) + 1024, 0, 3);
 }
 
 // ---- four rows, T tokens
@@ -349,6 +374,302 @@ inline int64_t groups_of(const Matrix& matrix, int64_t cols) {
     return (cols + matrix.group - 1) >> group_bits(matrix);
 }
 
+// ---- integers as integers
+
+// Codes are multiplied as they are, by inputs as whole numbers of a unit that a group of columns shares: in `kDigits`
+// digits of 8 bits, for the instructions that multiply codes by bytes and add up, exactly. The unit is a power of two, so
+// that the largest input of a group has 15 bits (bfloat16) or 22: an input is off by half a unit at most, 2^-15 or 2^-22
+// of the largest, and not at all if it is a bfloat16 of more than 2^-7 of the largest. An infinity or a NaN makes its
+// group's unit a NaN, and so every output.
+template <class X>
+constexpr int kDigits = sizeof(X) == 2 && !__is_same(X, f16) ? 2 : 3;
+
+struct Digits {
+    const int8_t* x = nullptr;  // for each vector of codes, from the uppermost digit on, what its parts are multiplied by
+    const float* units;         // of each group
+    const float* less;          // 4 bits: -unit · Σ x of each group, for its zero
+    const int32_t* starts;      // 8 bits: -128 Σ x of a lane's columns
+    int64_t stride, groups, starts_stride;  // from one token to the next
+
+    Digits from(int64_t token) const {
+        Digits to = *this;
+        to.x += token * stride, to.units += token * groups, to.less += token * groups;
+        to.starts += token * starts_stride;
+        return to;
+    }
+};
+
+#if defined(__AVX512F__)
+// A vector of codes is two blocks of 64 columns.
+using Codes = __m512i;
+constexpr int64_t kColumns4 = 128;
+inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Codes load_half_codes(const uint8_t* p) { return _mm512_maskz_loadu_epi64(0x0f, p); }
+inline Codes zero_codes() { return _mm512_setzero_si512(); }
+inline Codes low_halves(Codes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+inline Codes high_halves(Codes v) { return low_halves(_mm512_srli_epi16(v, 4)); }
+inline Codes next_digit(Codes sum) { return _mm512_slli_epi32(sum, 8); }
+inline V as_floats(Codes sum) { return {_mm512_cvtepi32_ps(sum)}; }
+inline Codes add(Codes a, Codes b) { return _mm512_add_epi32(a, b); }
+inline Codes sizes_of(V v) { return _mm512_and_si512(_mm512_castps_si512(v.v), _mm512_set1_epi32(0x7fffffff)); }
+inline Codes largest(Codes a, Codes b) { return _mm512_max_epi32(a, b); }
+inline Codes nearest(V v, int32_t most) {
+    return _mm512_max_epi32(_mm512_min_epi32(_mm512_cvtps_epi32(v.v), _mm512_set1_epi32(most)), _mm512_set1_epi32(-most));
+}
+inline int32_t largest_of(Codes v) { return _mm512_reduce_max_epi32(v); }
+inline int32_t sum_of(Codes v) { return _mm512_reduce_add_epi32(v); }
+// The lowest digit, from -128 to 127, goes to memory; what is left of the others.
+inline Codes take_digit(Codes v, int8_t* to) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
+    return _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+}
+#if defined(__AVX512VNNI__)
+inline Codes dot(Codes sum, Codes codes, const int8_t* x) {
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_loadu_si512(x));
+}
+inline Codes dot(Codes sum, Codes low, Codes high, const int8_t* x) { return dot(dot(sum, low, x), high, x + 64); }
+#else
+inline __m512i words(Codes codes, const int8_t* x) { return _mm512_maddubs_epi16(codes, _mm512_loadu_si512(x)); }
+inline Codes add_words(Codes sum, __m512i words) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(words, _mm512_set1_epi16(1)));
+}
+inline Codes dot(Codes sum, Codes codes, const int8_t* x) { return add_words(sum, words(codes, x)); }
+inline Codes dot(Codes sum, Codes low, Codes high, const int8_t* x) {
+    return add_words(sum, _mm512_add_epi16(words(low, x), words(high, x + 64)));
+}
+#endif
+
+// Where the numbers of the groups of a vector's lanes are: half of the lanes are of each block.
+struct Place {
+    __m512i column = _mm512_maskz_set1_epi32(0xff00, 64);
+    __m128i bits;
+    explicit Place(int bits) : bits(_mm_cvtsi32_si128(bits)) {}
+    __m512i low() const { return _mm512_srl_epi32(column, bits); }
+    __m512i high() const { return _mm512_add_epi32(low(), _mm512_set1_epi32(1)); }  // of groups of 32
+    void next() { column = _mm512_add_epi32(column, _mm512_set1_epi32(kColumns4)); }
+};
+inline V at(const V& groups, __m512i place) { return {_mm512_permutexvar_ps(place, groups.v)}; }
+#elif defined(__AVX2__)
+using Codes = __m256i;
+constexpr int64_t kColumns4 = 64;
+inline Codes load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Codes load_half_codes(const uint8_t* p) { return load_codes(p); }  // is not called
+inline Codes zero_codes() { return _mm256_setzero_si256(); }
+inline Codes low_halves(Codes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+inline Codes high_halves(Codes v) { return low_halves(_mm256_srli_epi16(v, 4)); }
+inline Codes next_digit(Codes sum) { return _mm256_slli_epi32(sum, 8); }
+inline V as_floats(Codes sum) { return {_mm256_cvtepi32_ps(sum)}; }
+inline Codes add(Codes a, Codes b) { return _mm256_add_epi32(a, b); }
+inline Codes sizes_of(V v) { return _mm256_and_si256(_mm256_castps_si256(v.v), _mm256_set1_epi32(0x7fffffff)); }
+inline Codes largest(Codes a, Codes b) { return _mm256_max_epi32(a, b); }
+inline Codes nearest(V v, int32_t most) {
+    return _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(v.v), _mm256_set1_epi32(most)), _mm256_set1_epi32(-most));
+}
+inline int32_t largest_of(Codes v) {
+    alignas(32) int32_t all[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(all), v);
+    int32_t most = all[0];
+    for (int32_t one : all) most = one > most ? one : most;
+    return most;
+}
+inline int32_t sum_of(Codes v) {
+    alignas(32) int32_t all[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(all), v);
+    int32_t sum = 0;
+    for (int32_t one : all) sum += one;
+    return sum;
+}
+inline Codes take_digit(Codes v, int8_t* to) {
+    const __m256i first_bytes = _mm256_shuffle_epi8(v, _mm256_set1_epi32(0x0c080400));
+    const int32_t low = _mm256_extract_epi32(first_bytes, 0), high = _mm256_extract_epi32(first_bytes, 4);
+    std::memcpy(to, &low, 4);
+    std::memcpy(to + 4, &high, 4);
+    return _mm256_srai_epi32(_mm256_add_epi32(v, _mm256_set1_epi32(128)), 8);
+}
+inline __m256i words(Codes codes, const int8_t* x) {
+    return _mm256_maddubs_epi16(codes, load_codes(reinterpret_cast<const uint8_t*>(x)));
+}
+inline Codes add_words(Codes sum, __m256i words) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+}
+inline Codes dot(Codes sum, Codes codes, const int8_t* x) { return add_words(sum, words(codes, x)); }
+inline Codes dot(Codes sum, Codes low, Codes high, const int8_t* x) {
+    return add_words(sum, _mm256_add_epi16(words(low, x), words(high, x + 32)));
+}
+
+struct Place {
+    int64_t column = 0;
+    int bits;
+    explicit Place(int bits) : bits(bits) {}
+    int64_t low() const { return column >> bits; }
+    int64_t high() const { return low() + 1; }
+    void next() { column += kColumns4; }
+};
+inline V at(const V& groups, int64_t place) { return V::of(reinterpret_cast<const float*>(&groups)[place]); }
+#endif
+
+#if defined(__AVX2__)
+// kHalves: groups of 32, so that each half of a block has a scale of its own.
+template <class X, int64_t T, bool kHalves>
+inline void rows_i4(const Matrix& matrix, const int64_t (&rows)[kRows], const Digits& x, Sums* out, int64_t step) {
+    constexpr int64_t kBytes = sizeof(Codes);
+    const int bits = group_bits(matrix);
+    const int64_t all_groups = groups_of(matrix, matrix.cols), columns = V::n << bits;
+    Int4Row w[kRows];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) w[r] = Int4Row(matrix, all_groups, rows[r]);
+    V sums[kRows][T];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int64_t t = 0; t < T; ++t) sums[r][t] = V::zero();
+    // As many groups at a time as a vector has lanes: their scales times the inputs' units, and what zeros take off.
+    for (int64_t first = 0; first < matrix.cols; first += columns) {
+        const int64_t group = first >> bits, left = all_groups - group < V::n ? all_groups - group : V::n;
+        V units[kRows][T];
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kRows; ++r) {
+            const int8_t* zeros = reinterpret_cast<const int8_t*>(w[r].zeros) + group;  // up to 15
+            V scale, zero = V::of(8.0f);
+            if (left == V::n) {
+                scale = load(w[r].scales + group);
+                if (matrix.zeros) zero = load(zeros);
+            } else {
+                scale = load_part(w[r].scales + group, left);
+                if (matrix.zeros) zero = load_part(zeros, left);
+            }
+            zero = V::multiply(zero, scale);
+#pragma GCC unroll 8
+            for (int64_t t = 0; t < T; ++t) {
+                units[r][t] = V::multiply(scale, load(x.units + t * x.groups + group));
+                sums[r][t] = V::multiply_add(zero, load(x.less + t * x.groups + group), sums[r][t]);
+            }
+        }
+        Place place(bits);
+        auto some = [&](int64_t j, auto load) __attribute__((always_inline)) {
+            const auto low_place = place.low(), high_place = place.high();
+            place.next();
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kRows; ++r) {
+                const uint8_t* bytes = w[r].codes + (uint64_t(j) >> 1);
+                fetch_further(bytes);
+                const Codes codes = load(bytes), low = low_halves(codes), high = high_halves(codes);
+#pragma GCC unroll 8
+                for (int64_t t = 0; t < T; ++t) {
+                    const int8_t* digit = x.x + t * x.stride + uint64_t(j) * kDigits<X>;
+                    if (kHalves) {
+                        Codes first_sum = zero_codes(), second_sum = zero_codes();
+#pragma GCC unroll 8
+                        for (int d = 0; d < kDigits<X>; ++d, digit += 2 * kBytes) {
+                            if (d) first_sum = next_digit(first_sum), second_sum = next_digit(second_sum);
+                            first_sum = dot(first_sum, low, digit);
+                            second_sum = dot(second_sum, high, digit + kBytes);
+                        }
+                        sums[r][t] = V::multiply_add(as_floats(first_sum), at(units[r][t], low_place), sums[r][t]);
+                        sums[r][t] = V::multiply_add(as_floats(second_sum), at(units[r][t], high_place), sums[r][t]);
+                    } else {
+                        Codes sum = zero_codes();
+#pragma GCC unroll 8
+                        for (int d = 0; d < kDigits<X>; ++d, digit += 2 * kBytes)
+                            sum = dot(d ? next_digit(sum) : sum, low, high, digit);
+                        sums[r][t] = V::multiply_add(as_floats(sum), at(units[r][t], low_place), sums[r][t]);
+                    }
+                }
+            }
+        };
+        const int64_t end = matrix.cols - first < columns ? matrix.cols : first + columns;
+        int64_t j = first;
+        for (; j + kColumns4 / 2 < end; j += kColumns4) some(j, load_codes);
+        if (j < end) kColumns4 == 64 ? some(j, load_codes) : some(j, load_half_codes);
+    }
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < T; ++t) put(sums[0][t], sums[1][t], sums[2][t], sums[3][t], out[t], step);
+}
+
+// 8 bits, of one token: a code and 128 make a byte without a sign, and what that is too much the sums begin below nothing
+// with. 128 columns share a unit, 64 are a vector of codes.
+constexpr int64_t kUnit8 = 128;
+#if defined(__AVX512VNNI__)
+inline void rows_i8(const Matrix& matrix, const int64_t (&rows)[kRows], const Digits& x, Sums* out, int64_t step) {
+    constexpr int D = kDigits<bf16>;
+    const int8_t* w[kRows];
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r) w[r] = static_cast<const int8_t*>(matrix.data) + rows[r] * matrix.stride;
+    V sums[kRows] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    const __m512i sign = _mm512_set1_epi8(int8_t(0x80));
+    auto some = [&](int64_t j, auto load) __attribute__((always_inline)) {
+        const int8_t* digits = x.x + D * j;
+        __m512i upper[kRows], lower[kRows];
+#pragma GCC unroll 8
+        for (int64_t half = 0; half < 2; ++half)
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kRows; ++r) {
+                const int8_t* p = w[r] + j + 64 * half;
+                fetch_further(p);
+                const __m512i codes = _mm512_xor_si512(load(p, half), sign);
+                upper[r] = dot(half ? upper[r] : zero_codes(), codes, digits + 64 * half);
+                lower[r] = dot(half ? lower[r] : _mm512_loadu_si512(x.starts + j / 8), codes, digits + 128 + 64 * half);
+            }
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kRows; ++r)
+            sums[r] = V::multiply_add(as_floats(_mm512_add_epi32(next_digit(upper[r]), lower[r])),
+                                      V::of(x.units[j / kUnit8]), sums[r]);
+    };
+    int64_t j = 0;
+    for (; j + kUnit8 <= matrix.cols; j += kUnit8)
+        some(j, [](const int8_t* p, int64_t) { return _mm512_loadu_si512(p); });
+    if (const int64_t left = matrix.cols - j)
+        some(j, [&](const int8_t* p, int64_t half) __attribute__((always_inline)) {
+            const int64_t count = left - 64 * half;
+            return _mm512_maskz_loadu_epi8(count >= 64 ? ~__mmask64(0) : count > 0 ? (__mmask64(1) << count) - 1 : 0, p);
+        });
+    put(sums[0], sums[1], sums[2], sums[3], out[0], step);
+}
+#endif
+
+// One token's digits for codes of 4 bits of groups of `group` columns, or of 8 bits; room up to whole vectors of codes.
+template <class X>
+inline void digits_of(const X* x, int64_t cols, int64_t group, bool four, int8_t* out, float* units, float* less,
+                      [[maybe_unused]] int32_t* starts) {
+    constexpr int D = kDigits<X>, kBits = D == 2 ? 15 : 22;
+    constexpr int32_t kMost = D == 2 ? 0x7f7f : 0x7f7f7f;  // which an input of 15 bits may exceed by one
+    const int64_t step = four ? kColumns4 : kUnit8;
+    int64_t g = 0;
+    for (int64_t j = 0; j < cols; j += group, ++g) {
+        auto inputs = [&](int64_t i) __attribute__((always_inline)) {
+            const int64_t left = cols - j - i;
+            return left >= V::n ? load(x + j + i) : left > 0 ? load_part(x + j + i, left) : V::zero();
+        };
+        Codes sizes = zero_codes(), sums = zero_codes();  // sizes by their bits, of which a NaN's are the largest
+        for (int64_t i = 0; i < group; i += V::n) sizes = largest(sizes, sizes_of(inputs(i)));
+        const int found = largest_of(sizes) >> 23, exponent = found < kBits ? kBits : found;
+        const V to = V::of(__builtin_bit_cast(float, uint32_t(253 + kBits - exponent) << 23));
+        units[g] = __builtin_bit_cast(float, found == 255 ? 0x7fc00000u : uint32_t(exponent + 1 - kBits) << 23);
+        for (int64_t i = 0; i < group; i += V::n) {
+            Codes rest = nearest(V::multiply(inputs(i), to), kMost);
+            sums = add(sums, rest);
+            // Of 4 bits: all low halves of a vector of codes, and then its high ones.
+            const int64_t column = j + i, within = column % step, block = within / 64, half = within / 32 % 2;
+            const int64_t place = four ? half * (step / 2) + block * 32 + within % 32 : within;
+            for (int d = D - 1; d >= 0; --d) rest = take_digit(rest, out + (column - within) * D + d * step + place);
+        }
+        if (four) less[g] = -units[g] * float(sum_of(sums));
+#if defined(__AVX512VNNI__)
+        if (!four) {
+            sums = zero_codes();
+            for (int d = 0; d < D; ++d)
+                for (int half = 0; half < 2; ++half)
+                    sums = dot(half || !d ? sums : next_digit(sums), _mm512_set1_epi8(1), out + j * D + d * step + 64 * half);
+            _mm512_storeu_si512(starts + g * 16, _mm512_sub_epi32(zero_codes(), _mm512_slli_epi32(sums, 7)));
+        }
+#endif
+    }
+    for (; g % 16; ++g) {
+        units[g] = 0.0f;
+        if (four) less[g] = 0.0f;
+    }
+}
+#else
 // x has zeros behind its columns up to a whole block. A block's two halves of 32 columns may be of two groups; groups of
 // 64 and 128 are summed by halves too.
 template <int64_t T>
@@ -392,6 +713,8 @@ inline void rows_i4(const Matrix& matrix, const int64_t (&at)[kRows], const floa
     for (int64_t t = 0; t < T; ++t) put(sums[0][t], sums[1][t], sums[2][t], sums[3][t], out[t], step);
 }
 
+#endif
+
 #if defined(__AVX512BF16__)
 // ---- integers as bfloat16, which holds them exactly: 64 bytes of codes at a time, in the order in which they come apart
 
@@ -424,7 +747,6 @@ inline void arrange_i8(const bf16* x, int64_t cols, bool few, bf16* out) {
 // 4 bits: a word of 16 bits has four codes, from its lowest bits on of columns 2 i, 2 i + 32, 2 i + 1 and 2 i + 33 of a
 // block, and 32 words are two blocks.
 // starts: `start` times the inputs that a lane of two blocks' products takes.
-constexpr int64_t kColumns4 = 128;
 inline void arrange_i4(const bf16* x, int64_t cols, int64_t group, float start, bf16* out, float* starts, float* sums) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     const __m512i even = _mm512_load_si512(kNumbers.even);
@@ -633,10 +955,23 @@ struct Source {
     const X* x;
     int64_t stride;
     const float* floats = nullptr;
+#if defined(__AVX2__)
+    Digits digits = {};
+#endif
 #if defined(__AVX512BF16__)
     Inputs arranged = {};
 #endif
 };
+
+// One token waits for codes to come apart, which takes the fewest operations by whole numbers; several wait for products,
+// of which bfloat16's instruction does most.
+template <class X>
+constexpr bool kAsBf16 =
+#if defined(__AVX512BF16__)
+    __is_same(X, bf16);
+#else
+    false;
+#endif
 
 // Sums of each stream's rows from `from + begin` to `from + end`, as those steps, for T tokens from `token` on.
 template <class X, int64_t T>
@@ -655,8 +990,21 @@ void some_rows(const Matrix& matrix, const Streams& streams, int64_t from, int64
         }
     };
     const bool four = matrix.type == Number::i4, eight = matrix.type == Number::i8;
+#if defined(__AVX2__)
+    if constexpr (T == 1 || !kAsBf16<X>)
+        if (source.digits.x) {
+            const Digits digits = source.digits.from(token);
+#if defined(__AVX512VNNI__)
+            if constexpr (T == 1 && kAsBf16<X>)
+                if (eight) return each([&](auto& at, int64_t step) { rows_i8(matrix, at, digits, sums, step); });
+#endif
+            if (matrix.group == 32)
+                return each([&](auto& at, int64_t step) { rows_i4<X, T, true>(matrix, at, digits, sums, step); });
+            return each([&](auto& at, int64_t step) { rows_i4<X, T, false>(matrix, at, digits, sums, step); });
+        }
+#endif
 #if defined(__AVX512BF16__)
-    if constexpr (__is_same(X, bf16)) {
+    if constexpr (kAsBf16<X>) {
         Inputs inputs = source.arranged;
         inputs.x += token * inputs.stride, inputs.sums += token * inputs.sums_stride;
         inputs.starts += token * inputs.stride / (matrix.group == 32 ? 4 : 8);
@@ -674,7 +1022,9 @@ void some_rows(const Matrix& matrix, const Streams& streams, int64_t from, int64
 #endif
     if (four || eight) {
         const float* x = source.floats + token * source.stride;
+#if !defined(__AVX2__)
         if (four) return each([&](auto& at, int64_t step) { rows_i4<T>(matrix, at, x, source.stride, sums, step); });
+#endif
         return each([&](auto& at, int64_t step) {
             rows<int8_t, float, T>(matrix, at, x, source.stride, sums, step);
         });
@@ -703,14 +1053,35 @@ Source<X> source_of(const Product& p, int64_t tokens) {
     const int64_t cols = p.weight.cols;
     const bool four = p.weight.type == Number::i4;
     if (!four && p.weight.type != Number::i8) return {x, p.x_stride};
+    [[maybe_unused]] auto room = [](auto& memory, int64_t size) {
+        if (int64_t(memory.size()) < size) memory.resize(size);
+        return memory.data();
+    };
+#if defined(__AVX2__)
+    if (kAsBf16<X> ? tokens == 1 : four) {
+        thread_local std::vector<int8_t> x_digits;
+        thread_local std::vector<float> units, less;
+        thread_local std::vector<int32_t> starts;
+        const int64_t units8 = (cols + kUnit8 - 1) / kUnit8;  // which are whole groups of 4 bits as well
+        Digits to;
+        to.stride = units8 * kUnit8 * kDigits<X>, to.starts_stride = four ? 0 : units8 * 16;
+        to.groups = ((four ? groups_of(p.weight, cols) : units8) + 15) / 16 * 16;
+        int8_t* digits = room(x_digits, tokens * to.stride);
+        float *unit = room(units, tokens * to.groups), *takes = room(less, tokens * to.groups);
+        int32_t* start = room(starts, tokens * to.starts_stride);
+        to.x = digits, to.units = unit, to.less = takes, to.starts = start;
+        for (int64_t t = 0; t < tokens; ++t)
+            digits_of(x + t * p.x_stride, cols, four ? p.weight.group : kUnit8, four, digits + t * to.stride,
+                      unit + t * to.groups, takes + t * to.groups, start + t * to.starts_stride);
+        Source<X> source{x, p.x_stride};
+        source.digits = to;
+        return source;
+    }
+#endif
 #if defined(__AVX512BF16__)
-    if constexpr (__is_same(X, bf16)) {
+    if constexpr (kAsBf16<X>) {
         thread_local std::vector<bf16> arranged;
         thread_local std::vector<float> starts, sums;
-        auto room = [](auto& memory, int64_t size) {
-            if (int64_t(memory.size()) < size) memory.resize(size);
-            return memory.data();
-        };
         const int64_t unit = four ? kColumns4 : kColumns8, stride = (cols + unit - 1) / unit * unit;
         const int64_t starts_stride = !four ? 0 : stride / (p.weight.group == 32 ? 4 : 8);
         const int64_t groups = four && p.weight.zeros ? (groups_of(p.weight, cols) + 15) / 16 * 16 : 0;

@@ -39,7 +39,8 @@ const Isa* find(const char* name) {
         {&avx2::training_table, &avx2::decode_table, avx2},
         {&avx512::training_table, &avx512::decode_table, avx512},
         {&avx512_bf16::training_table, &avx512_bf16::decode_table,
-         avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")},
+         avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+             __builtin_cpu_supports("avx512vnni")},
     };
 #else
     static const Isa isas[] = {{&portable::training_table, &portable::decode_table, true}};
