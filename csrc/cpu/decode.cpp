@@ -948,9 +948,9 @@ struct Streams {
     int64_t begin, end, length;
     Streams(int64_t begin, int64_t end, int64_t stride)
         : begin(begin), end(end), length((end - begin + kRows - 1) / kRows) {
-        const int64_t part = stride & -stride;
+        const int64_t part = stride & -stride;  // none of rows of no columns
         for (int64_t apart : {4096, 64}) {
-            const int64_t unit = apart > part ? apart / part : 1, some = (length + unit - 1) / unit * unit;
+            const int64_t unit = part && apart > part ? apart / part : 1, some = (length + unit - 1) / unit * unit;
             if (12 * (some - length) <= length) {
                 length = some;
                 break;
