@@ -474,7 +474,7 @@ def test_factors_remember_the_covariance_that_they_were_whitened_by():
     # Without singular values, the rows' scales are those.
     basis = torch.linalg.qr(weight_of_shape(6, 6)).Q
     scaled = torch.arange(1.0, 7)[:, None] * basis
-    found = rounding_metric(scaled, torch.ones(6), None, "feedback")
+    found = rounding_metric(scaled, torch.ones(6), None, None, "feedback")
     torch.testing.assert_close(found, torch.eye(6).double(), rtol=0, atol=1e-5)
 
 

@@ -76,24 +76,27 @@ def factorize(
         if not bool(torch.isfinite(weight_of(layers[name])).all()):
             raise ValueError(f"{name}.weight holds NaN or infinite values; the model cannot be factorized")
 
-    def decomposition(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def decomposition(name: str) -> dict[str, Tensor]:
         weight = weight_of(layers[name]).detach()
         weight = weight if dtype is None else weight.to(dtype)
-        return cached_svd(weight, svd_cache, (covariances or {}).get(name), (gradient_covariances or {}).get(name))
+        covariance = (covariances or {}).get(name)
+        U, S, Vh = cached_svd(weight, svd_cache, covariance, (gradient_covariances or {}).get(name))
+        factors = {"U": U, "S": S, "Vh": Vh}
+        if covariance is not None and weight.shape[1] > weight.shape[0]:
+            factors["input_variances"] = covariance.diagonal().float()
+        return factors
 
     places = _places(model)
     generator = {}
-    for name, (U, S, Vh) in _decompositions(names, decomposition, division, progress):
+    for name, factors in _decompositions(names, decomposition, division, progress):
         layer = layers[name]
         where = weight_of(layer).device
         if where not in generator:
             generator[where] = torch.Generator(where).manual_seed(seed)
         bias = layer.bias if layer.bias is None or dtype is None else layer.bias.to(dtype)
         new = SVDLinear(
-            U,
-            S,
-            Vh,
-            bias,
+            **factors,
+            bias=bias,
             mask_scale=mask_scale,
             adapter_rank=adapter_rank,
             adapter_alpha=adapter_alpha,
@@ -111,7 +114,7 @@ def factorize(
 
 
 def _decompositions(names: list[str], decomposition: Callable, division: Division | None, progress: Callable | None):
-    """`(name, (U, S, Vh))` of every layer, decomposed as they are asked for, or by the process that owns each."""
+    """`(name, factors)` of every layer, decomposed as they are asked for, or by the process that owns each."""
     progress = progress or (lambda done, total: None)
     if division is None or division.processes.size == 1:
         for done, name in enumerate(names, 1):
@@ -120,11 +123,10 @@ def _decompositions(names: list[str], decomposition: Callable, division: Divisio
         return
     mine, own = {}, [name for name in names if division.has(name)]
     for done, name in enumerate(own, 1):
-        mine[name] = dict(zip(("U", "S", "Vh"), decomposition(name), strict=True))
+        mine[name] = decomposition(name)
         progress(done, len(own))
     for name in names:
-        factors = division.processes.broadcast_tensors(mine.pop(name, None), division.owners[name])
-        yield name, tuple(factors.values())
+        yield name, division.processes.broadcast_tensors(mine.pop(name, None), division.owners[name])
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
@@ -181,11 +183,24 @@ def cached_svd(
     return U, S, Vh
 
 
-def check_factors(weight: Tensor, U: Tensor, S: Tensor, Vh: Tensor, scores: Tensor | None = None) -> None:
+def check_factors(
+    weight: Tensor,
+    U: Tensor,
+    S: Tensor,
+    Vh: Tensor,
+    scores: Tensor | None = None,
+    input_variances: Tensor | None = None,
+) -> None:
     """Raises `ValueError` unless these can be the factors of `weight [out, in]`, as far as a look can tell."""
     out, in_ = weight.shape
     k = min(out, in_)
-    for name, tensor, shape in (("U", U, (out, k)), ("S", S, (k,)), ("Vh", Vh, (k, in_)), ("scores", scores, (k,))):
+    for name, tensor, shape in (
+        ("U", U, (out, k)),
+        ("S", S, (k,)),
+        ("Vh", Vh, (k, in_)),
+        ("scores", scores, (k,)),
+        ("input_variances", input_variances, (in_,)),
+    ):
         if tensor is None:
             continue
         if tensor.shape != shape or not tensor.is_floating_point():

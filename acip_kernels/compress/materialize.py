@@ -211,7 +211,9 @@ def materialize(
             covariance=covariance,
             dtype=dtype or layer.U.dtype,
             scheme=scheme,
-            metric=None if scheme is None else rounding_metric(layer.Vh, layer.S, covariance, quantize_rounding),
+            metric=None
+            if scheme is None
+            else rounding_metric(layer.Vh, layer.S, layer.input_variances, covariance, quantize_rounding),
         )
         # A deep copy that meets a layer finds its replacement, wherever the layer is referred to.
         memo[id(layer)] = _module(tensors, layer, scheme, dtype or layer.U.dtype).train(layer.training)

@@ -30,6 +30,8 @@ from .step import rank_multiple, seeded, with_labels
 log = logging.getLogger("acip_kernels")
 
 RANKING = "ranking.safetensors"
+# What it holds of a layer; the last one where it is known.
+_RANKED = ("U", "S", "Vh", "scores", "input_variances")
 # Sizes are drawn in steps of one part in this many where each has a CUDA graph of its own.
 CAPTURED_SIZES = 40
 # Its multiples modulo one leave the smallest gaps.
@@ -255,11 +257,12 @@ class NestedRun(RankingRun):
 
 
 def ranking_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`layer.U`, `layer.S`, `layer.Vh` and `layer.scores` of a model's `SVDLinear`s, by name, for `put_factors`."""
+    """What `put_factors` takes of a model's `SVDLinear`s: `layer.U` and the like, by name."""
     for name, layer in svd_layers(model).items():
         U, Vh = layer.factors()
-        for key, tensor in (("U", U), ("S", layer.S), ("Vh", Vh), ("scores", layer.scores)):
-            yield f"{name}.{key}", tensor.contiguous()
+        for key, tensor in zip(_RANKED, (U, layer.S, Vh, layer.scores, layer.input_variances), strict=True):
+            if tensor is not None:
+                yield f"{name}.{key}", tensor.contiguous()
 
 
 def check_ranking(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -268,8 +271,8 @@ def check_ranking(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name in dict.fromkeys(key.rpartition(".")[0] for key in tensors):
         if name not in layers:
             raise ValueError(f"a ranking has factors of {name!r}, which is no linear layer of this model")
-        factors = {key: tensors.get(f"{name}.{key}", torch.empty(0)) for key in ("U", "S", "Vh", "scores")}
-        check_factors(weight_of(layers[name]), *factors.values())
+        factors = {key: tensors.get(f"{name}.{key}", torch.empty(0)) for key in _RANKED[:-1]}
+        check_factors(weight_of(layers[name]), *factors.values(), tensors.get(f"{name}.{_RANKED[-1]}"))
 
 
 def put_factors(
@@ -287,10 +290,13 @@ def put_factors(
     names = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
     for name in processes.broadcast_json(names):
         old = layers[name]
-        own = {key: tensors[f"{name}.{key}"] for key in ("U", "S", "Vh", "scores")} if processes.main else None
-        U, S, Vh, scores = (t.to(old.weight.device) for t in processes.broadcast_tensors(own).values())
-        bias = None if old.bias is None else old.bias.to(U.dtype)
-        new = SVDLinear(U, S, Vh, bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
+        own = None
+        if processes.main:
+            own = {key: tensors[f"{name}.{key}"] for key in _RANKED if f"{name}.{key}" in tensors}
+        factors = {key: t.to(old.weight.device) for key, t in processes.broadcast_tensors(own).items()}
+        scores = factors.pop("scores")
+        bias = None if old.bias is None else old.bias.to(scores.device, factors["U"].dtype)
+        new = SVDLinear(**factors, bias=bias, source_type="Conv1D" if is_conv1d(old) else "Linear")
         new.scores.copy_(scores)
         replace_modules(model, {old: new})
         if each is not None:
@@ -313,13 +319,14 @@ class NestedTraining:
         self.processes, self.sharded = processes or Processes(self.device), config.shard
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.orders, self.layers = {}, {}
+        self.orders, self.norms, self.layers = {}, {}, {}
         generator = torch.Generator(self.device).manual_seed(config.seed)
         self.removal = sizing.removal({name: layer.scores for name, layer in self.svd.items()})
         for name, layer in self.svd.items():
             layer.unshard(self.device)
             order = layer.scores.sort(descending=True, stable=True).indices
             self.orders[name] = order
+            self.norms[name] = layer.U[:, order].float().norm(dim=0), layer.Vh[order].float().norm(dim=1)
             nested = NestedLinear(
                 layer.U[:, order],
                 layer.S[order],
@@ -449,6 +456,10 @@ class NestedTraining:
         for name, layer in self.svd.items():
             order, dtype = self.orders[name], self.layers[name].dtype
             Ut, S, Vh = self.layers[name].factors()
+            # Scaled as they were: what a basis is whitened by can be told from its vectors' lengths
+            # (`quantized.remembered_covariance`), and the scales of a training are arbitrary.
+            of_U, of_Vh = (torch.where(norms > 0, norms, 1.0) for norms in self.norms[name])
+            Ut, S, Vh = Ut * of_U[:, None], S / (of_U * of_Vh), Vh * of_Vh[:, None]
             if self.sharded:
                 order, Ut, S, Vh = order.cpu(), Ut.cpu(), S.cpu(), Vh.cpu()
             layer.U, layer.Vh = torch.empty_like(Ut.t(), dtype=dtype), torch.empty_like(Vh, dtype=dtype)

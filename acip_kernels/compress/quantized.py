@@ -12,6 +12,8 @@ from .basis import damped_cholesky
 from .pivot import pivot_form
 
 ROUNDINGS = ("feedback", "nearest")
+# Of a dimension, in mean variances.
+_LEAST_VARIANCE = 1e-5
 
 
 def quantized_tensors(
@@ -53,37 +55,49 @@ def quantized_tensors(
     return tensors if form == "factors" else tensors | {"is_pivot": pack_bits(pivots)}
 
 
-def remembered_covariance(Vh: Tensor) -> Tensor:
+def remembered_covariance(Vh: Tensor, variances: Tensor | None = None) -> Tensor:
     """The covariance `[in, in]` in which the rows of `Vh [k, in]`, all that there are, are orthonormal; float64.
 
     A decomposition that was whitened by the inputs' covariance (`basis.whitened_svd`) has such rows: of a layer with no
-    more inputs than outputs, this is that covariance again. In the directions that a wider layer's `Vh` does not see it
-    is taken to be as in the mean of the others. For a plain decomposition it is the identity. Training and narrow
-    dtypes change the rows a little, and scaling them to unit norm, as nested training does, weighs directions
-    otherwise; it stays far nearer to the truth than the identity.
+    more inputs than outputs, this is that covariance again. In the directions that a wider layer's `Vh` does not see,
+    inputs scaled to unit variance by `variances [in]` are taken to be uncorrelated, of the variance that all then have
+    in the mean; without `variances`, inputs as they are, of the mean variance of the directions that are seen. For a
+    plain decomposition it is the identity. Training and narrow dtypes change the rows a little, and scaling them to
+    unit norm weighs directions otherwise; it stays far nearer to the truth than the identity.
     """
     Vh = Vh.double()
     if not bool(torch.isfinite(Vh).all()):
         raise ValueError("a layer's Vh holds NaN or infinite values")
-    gram = Vh @ Vh.t()
-    if not bool(gram.any()):
+    if not bool(Vh.any()):
         return torch.eye(Vh.shape[1], dtype=Vh.dtype, device=Vh.device)
+    k, cols = Vh.shape
+    scale = None
+    if variances is not None and k < cols and bool(variances.any()):
+        variances = variances.to(Vh)
+        # An input that never came has some variance, as a damped covariance has.
+        scale = variances.clamp_min(_LEAST_VARIANCE * float(variances.mean())).sqrt()
+        Vh = Vh * scale
+    gram = Vh @ Vh.t()
     damping = 0.0
     while True:
-        L, failed = torch.linalg.cholesky_ex(gram + damping * torch.diag(gram.diagonal().mean().expand(len(gram))))
+        L, failed = torch.linalg.cholesky_ex(gram + damping * torch.diag(gram.diagonal().mean().expand(k)))
         if not failed:
             break
         damping = max(10 * damping, 1e-12)
     pseudo_inverse = torch.cholesky_solve(Vh, L).t()  # Vhᵀ (Vh Vhᵀ)⁻¹
     covariance = pseudo_inverse @ pseudo_inverse.t()
-    if Vh.shape[0] < Vh.shape[1]:
-        unseen = torch.eye(Vh.shape[1], dtype=Vh.dtype, device=Vh.device) - pseudo_inverse @ Vh
-        covariance += covariance.diagonal().sum() / len(Vh) * (unseen + unseen.t()) / 2
-    return covariance
+    if k < cols:
+        unseen = torch.eye(cols, dtype=Vh.dtype, device=Vh.device) - pseudo_inverse @ Vh
+        seen = float(covariance.diagonal().sum())
+        each = seen / k if scale is None else max((cols - seen) / (cols - k), _LEAST_VARIANCE)
+        covariance += each * (unseen + unseen.t()) / 2
+    return covariance if scale is None else scale[:, None] * covariance * scale
 
 
-def rounding_metric(Vh: Tensor, S: Tensor, covariance: Tensor | None, rounding: str) -> Tensor | None:
-    """What `quantized_tensors` takes as covariance: the one that is known, else what `Vh` remembers; by `rounding`."""
+def rounding_metric(
+    Vh: Tensor, S: Tensor, variances: Tensor | None, covariance: Tensor | None, rounding: str
+) -> Tensor | None:
+    """What `quantized_tensors` takes as covariance: the one that is known, else the remembered one; by `rounding`."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"quantize_rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
     if rounding == "nearest":
@@ -92,7 +106,7 @@ def rounding_metric(Vh: Tensor, S: Tensor, covariance: Tensor | None, rounding: 
         return covariance
     # Without singular values (a model that was tuned at one size), rows have the scales that those would have.
     apart = bool(S.max() > S.min())
-    return remembered_covariance(Vh if apart else torch.nn.functional.normalize(Vh.double()))
+    return remembered_covariance(Vh if apart else torch.nn.functional.normalize(Vh.double()), variances)
 
 
 def _named(prefix: str, quantized) -> dict[str, Tensor]:

@@ -142,6 +142,7 @@ _LAYER_FIELDS = {
     "full_rank": lambda value: type(value) is int and value >= 1,
     "adapter_alpha": _is_number,
     "adapter_dropout": lambda value: _is_number(value, 0, 1),
+    "input_variances": lambda value: isinstance(value, bool),
 }
 
 
@@ -340,6 +341,7 @@ def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
         out_features, in_features = weight_of(layer).shape
         options = dict(layers[name])
         k = options.pop("full_rank", min(in_features, out_features))
+        variances = torch.empty(in_features, device=layer.weight.device) if options.pop("input_variances", 0) else None
         if k > min(in_features, out_features):
             raise ValueError(
                 f"quantization_config: layers[{name!r}]: full_rank is {k}, but the layer is "
@@ -351,6 +353,7 @@ def put_svd_layers(model: nn.Module, layers: dict[str, dict]) -> None:
             torch.empty(k, **like),
             torch.empty(k, in_features, **like),
             None if layer.bias is None else torch.empty(out_features, **like),
+            input_variances=variances,
             **options,
         )
         model.set_submodule(name, new)
@@ -367,8 +370,13 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 def svd_layer_options(layer: SVDLinear) -> dict:
     """What `put_svd_layers` needs to make `layer` again, apart from its tensors; JSON."""
-    short = {"full_rank": layer.full_rank} if layer.full_rank < min(layer.out_features, layer.in_features) else {}
-    return {name: getattr(layer, name) for name in _LAYER_FIELDS if name != "full_rank"} | short
+    some: dict[str, Any] = {}
+    if layer.full_rank < min(layer.out_features, layer.in_features):
+        some["full_rank"] = layer.full_rank
+    if layer.input_variances is not None:
+        some["input_variances"] = True
+    rest = _LAYER_FIELDS.keys() - {"full_rank", "input_variances"}
+    return {name: getattr(layer, name) for name in _LAYER_FIELDS if name in rest} | some
 
 
 def attach_factorized(model: PreTrainedModel) -> None:

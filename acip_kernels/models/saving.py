@@ -55,7 +55,7 @@ _NUMBER_OF = re.compile(r"(layers?|labels|experts|blocks|depth)$")
 _MOST = 100_000
 # `{tensor: (open file, its path)}`.
 Shards = dict[str, tuple[Any, pathlib.Path]]
-_LAYER_TENSORS = ("U", "S", "Vh", "scores", "mask", "bias", "lora_A", "lora_B")
+_LAYER_TENSORS = ("U", "S", "Vh", "scores", "mask", "bias", "lora_A", "lora_B", "input_variances")
 
 
 def save(
@@ -309,6 +309,8 @@ def _write_elastic(result: CompressionResult, directory, compact: bool, base_mod
             kept |= {"U": layer.U[:, order], "Vh": layer.Vh[order]}
             if imported:  # others prune to any size without a word to the scores
                 kept["mask"] = layer.mask[order]
+            if layer.input_variances is not None:
+                kept["input_variances"] = layer.input_variances
             if layer.bias is not None:
                 kept["bias"] = layer.bias
         tensors |= {f"{name}.{key}": tensor for key, tensor in kept.items()}
@@ -372,6 +374,7 @@ class _Elastic:
             r = options.get("adapter_rank", 0)
             needed = ("scores", "S", "U", "Vh", *(("lora_A", "lora_B") if r else ()))
             needed += ("mask",) if f"{name}.mask" in self.where else ()
+            needed += ("input_variances",) if options.get("input_variances") else ()
             shapes = {key: self.shape(f"{name}.{key}") for key in needed}
             k, out, in_ = shapes["scores"], shapes["U"][:1], shapes["Vh"][1:]
             expected = {
@@ -382,6 +385,7 @@ class _Elastic:
                 "Vh": k + in_,
                 "lora_A": [r, *in_],
                 "lora_B": [*out, r],
+                "input_variances": in_,
             }
             for key, shape in shapes.items():
                 if shape != expected[key]:
@@ -391,7 +395,7 @@ class _Elastic:
             _check_floating(file, shard, name)
         self.scores = {name: self.get(f"{name}.scores") for name in self.layers}
         for name, scores in self.scores.items():
-            for key in ("scores", "S", "mask"):
+            for key in ("scores", "S", "mask", "input_variances"):
                 if f"{name}.{key}" in self.where and not bool(self.get(f"{name}.{key}").isfinite().all()):
                     raise ValueError(f"{self.where[f'{name}.{key}'][1]}: tensor {name}.{key} is not finite")
             if bool((scores[1:] > scores[:-1]).any()):
@@ -451,6 +455,11 @@ class _Elastic:
         without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
 
+    def metric(self, name: str, Vh: Tensor, rounding: str) -> Tensor | None:
+        """What the layer's weights are rounded by."""
+        variances = self.get(f"{name}.input_variances") if f"{name}.input_variances" in self.where else None
+        return rounding_metric(Vh, self.get(f"{name}.S"), variances, None, rounding)
+
     @torch.no_grad()
     def materialized(self, cut: Cut, rounding: str) -> dict[str, Tensor]:
         """The state of the factorized layers' ordinary forms; what was pruned is not read, but for rounding's sake."""
@@ -458,7 +467,7 @@ class _Elastic:
         form, scheme = cut.forms, cut.sizing.scheme
         for (name, options), rank in zip(self.layers.items(), cut.ranks.tolist(), strict=True):
             U, Vh = (self.where[f"{name}.{key}"][0].get_slice(f"{name}.{key}") for key in ("U", "Vh"))
-            metric = None if scheme is None else rounding_metric(Vh[:], self.get(f"{name}.S"), None, rounding)
+            metric = None if scheme is None else self.metric(name, Vh[:], rounding)
             U, Vh = U[:, :rank], Vh[:rank]
             r = options.get("adapter_rank", 0) if cut.adapters != "drop" else 0
             tensors = layer_tensors(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 # Held in float32 whatever the model's dtype: a mask step of 5e-5 around 0.02 is lost in bfloat16.
-_PRECISE = ("S", "scores", "mask", "lora_A", "lora_B")
+_PRECISE = ("S", "scores", "mask", "lora_A", "lora_B", "input_variances")
 
 
 class SVDLinear(nn.Module):
@@ -35,6 +35,9 @@ class SVDLinear(nn.Module):
         adapter_rank: `r`, 0 for no adapter. adapter_alpha: `α`. adapter_dropout: on the adapter's input.
         source_type: the class of the layer that this one replaces, "Linear" or "Conv1D" (GPT-2's, with a
             transposed weight): what a dense copy of this layer becomes.
+        input_variances: float `[in_features]`, the mean squares of the inputs that `Vh` was whitened by, which then
+            tell what its rows cannot of a layer with more inputs than outputs (`quantized.remembered_covariance`).
+            Kept as a buffer, float32; None where they are not known.
         backend: of `masked_svd_linear`.
 
     `save_z` (an attribute, True) keeps `x Vhᵀ` between the passes; False saves that memory and computes it again.
@@ -45,6 +48,7 @@ class SVDLinear(nn.Module):
     Vh: Tensor
     bias: Tensor | None
     scores: Tensor
+    input_variances: Tensor | None
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -60,6 +64,7 @@ class SVDLinear(nn.Module):
         adapter_alpha: float = 16.0,
         adapter_dropout: float = 0.0,
         source_type: str = "Linear",
+        input_variances: Tensor | None = None,
         generator: torch.Generator | None = None,
         backend: str = "auto",
     ):
@@ -72,6 +77,8 @@ class SVDLinear(nn.Module):
             )
         if bias is not None and bias.shape != U.shape[:1]:
             raise ValueError(f"SVDLinear: bias must be [{U.shape[0]}], got {list(bias.shape)}")
+        if input_variances is not None and input_variances.shape != Vh.shape[1:]:
+            raise ValueError(f"SVDLinear: input_variances must be [{Vh.shape[1]}], got {list(input_variances.shape)}")
         if not mask_scale > 0:
             raise ValueError(f"SVDLinear: mask_scale must be positive, got {mask_scale}")
         if adapter_rank < 0 or not 0 <= adapter_dropout < 1:
@@ -86,6 +93,8 @@ class SVDLinear(nn.Module):
         precise = torch.promote_types(U.dtype, torch.float32)
         for name, tensor in (("U", U), ("S", S.to(precise)), ("Vh", Vh), ("bias", bias)):
             self.register_buffer(name, None if tensor is None else tensor.detach())
+        variances = None if input_variances is None else input_variances.detach().to(U.device, precise)
+        self.register_buffer("input_variances", variances)
         start = torch.full((k,), mask_scale, dtype=precise, device=U.device)
         self.mask = nn.Parameter(start)
         self.register_buffer("scores", start.clone())
@@ -335,7 +344,7 @@ class SVDLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
-        before = {name: getattr(self, name).detach() for name in _PRECISE if hasattr(self, name)}
+        before = {name: getattr(self, name).detach() for name in _PRECISE if getattr(self, name, None) is not None}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             after = getattr(self, name)

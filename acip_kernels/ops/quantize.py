@@ -147,9 +147,9 @@ def quantize(
             (int4).
         search: choose each scale among some smaller ones too, by the squared error of its numbers.
         covariance: `[cols, cols]`, the second moment `E[xxᵀ]` of what the weight multiplies, of any scale. Columns are
-            then rounded one after the other, and what an error makes of the outputs is taken back by the columns still
-            to come, as far as they are correlated: GPTQ (arXiv 2210.17323), which is least squares one column at a
-            time. Includes `search`.
+            then rounded one after the other, those of the largest variance first, and what an error makes of the
+            outputs is taken back by the columns still to come, as far as they are correlated: GPTQ (arXiv 2210.17323),
+            which is least squares one column at a time. Includes `search`.
 
     Raises:
         ValueError: another shape or option; a weight or covariance that is not finite, or a weight too large for its
@@ -162,14 +162,14 @@ def quantize(
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if kind in PER_ROW:
         group = max(cols, 1)
-    feedback = None
     if covariance is not None:
         if covariance.shape != (cols, cols):
             raise ValueError(f"quantize: covariance must be [{cols}, {cols}], got {list(covariance.shape)}")
-        feedback = _feedback(covariance.to(weight.device), exact.dtype)
+        if not bool(torch.isfinite(covariance).all()):
+            raise ValueError("quantize: covariance holds NaN or infinite values")
         search = True
-    if feedback is not None:
-        codes, scales, zeros = _round_with_feedback(exact, feedback, kind, group, symmetric)
+    if covariance is not None and bool(covariance.any()):
+        codes, scales, zeros = _round_with_feedback(exact, covariance.to(weight.device), kind, group, symmetric)
     else:
         values = _grouped(exact, group)
         scales, zeros = _ranges(values, kind, symmetric, SHRINKS if search else SHRINKS[:1])
@@ -312,14 +312,22 @@ def _codes(values: Tensor, scales: Tensor, zeros: Tensor, kind: str) -> Tensor:
     return codes.round_().add_(zeros).clamp_(0, 15)
 
 
-def _feedback(covariance: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The upper triangular `R` with `Rᵀ R = covariance⁻¹`, damped, in `dtype`; None for a covariance of zeros."""
-    covariance = covariance.double()
-    if not bool(torch.isfinite(covariance).all()):
-        raise ValueError("quantize: covariance holds NaN or infinite values")
+def _order(variances: Tensor, group: int) -> dict[int, Tensor]:
+    """`{group: its columns}`, in the order in which they are rounded: those of the largest variance first.
+
+    While there are still others to take their errors back. A group is rounded as a whole, as it has one scale.
+    """
+    cols = len(variances)
+    totals = F.pad(variances, (0, -cols % group)).view(-1, group).sum(1)
+    return {
+        number: number * group + variances[number * group :][:group].argsort(descending=True, stable=True)
+        for number in totals.argsort(descending=True, stable=True).tolist()
+    }
+
+
+def _feedback(covariance: Tensor, dtype: torch.dtype) -> Tensor:
+    """The upper triangular `R` with `Rᵀ R = covariance⁻¹`, damped, in `dtype`."""
     mean = covariance.diagonal().mean()
-    if not mean > 0:
-        return None
     damping = DAMPING
     while True:
         damped = covariance + torch.diag(torch.full_like(covariance[0], damping * float(mean)))
@@ -332,31 +340,33 @@ def _feedback(covariance: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def _round_with_feedback(
-    weight: Tensor, R: Tensor, kind: str, group: int, symmetric: bool
+    weight: Tensor, covariance: Tensor, kind: str, group: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(codes [rows, cols], scales, zeros [rows, groups])` by GPTQ; see `quantize`."""
-    rows, cols = weight.shape
-    weight, codes = weight.clone(), torch.empty_like(weight)
+    covariance = covariance.double()
+    groups = _order(covariance.diagonal(), group)
+    order = torch.cat(list(groups.values()))
+    R = _feedback(covariance[order][:, order], weight.dtype)
     # How much an error in a column costs that the later ones cannot take back.
     costs = R.diagonal() ** -2
-    ranges = []
-    if kind in PER_ROW:
-        ranges.append(_ranges(weight, kind, symmetric, SHRINKS, costs))
-    for begin in range(0, cols, _COLUMNS):
-        end = min(begin + _COLUMNS, cols)
-        errors = weight.new_empty(rows, end - begin)
-        for j in range(begin, end):
-            if kind == "int4" and j % group == 0:
-                stop = min(j + group, cols)
-                ranges.append(_ranges(weight[:, j:stop], kind, symmetric, SHRINKS, costs[j:stop]))
-            scales, zeros = ranges[-1]
-            column = weight[:, j]
-            codes[:, j] = _codes(column, scales, zeros, kind)
-            errors[:, j - begin] = (column - (codes[:, j] - zeros) * scales) / R[j, j]
-            weight[:, j + 1 : end] -= torch.outer(errors[:, j - begin], R[j, j + 1 : end])
-        weight[:, end:] -= errors @ R[begin:end, end:]
-    scales, zeros = (torch.stack(parts, dim=1) for parts in zip(*ranges))
-    return codes, scales, zeros
+    weight = weight[:, order]
+    codes = torch.empty_like(weight)
+    ranges: dict[int, tuple[Tensor, Tensor]] = {}
+    stop = 0
+    for number, columns in groups.items():
+        begin, stop = stop, stop + len(columns)
+        scales, zeros = ranges[number] = _ranges(weight[:, begin:stop], kind, symmetric, SHRINKS, costs[begin:stop])
+        for start in range(begin, stop, _COLUMNS):
+            end = min(start + _COLUMNS, stop)
+            errors = weight.new_empty(len(weight), end - start)
+            for j in range(start, end):
+                column = weight[:, j]
+                codes[:, j] = _codes(column, scales, zeros, kind)
+                errors[:, j - start] = (column - (codes[:, j] - zeros) * scales) / R[j, j]
+                weight[:, j + 1 : end] -= torch.outer(errors[:, j - start], R[j, j + 1 : end])
+            weight[:, end:] -= errors @ R[start:end, end:]
+    scales, zeros = (torch.stack(parts, dim=1) for parts in zip(*(ranges[number] for number in range(len(ranges)))))
+    return torch.empty_like(codes).index_copy_(1, order, codes), scales, zeros
 
 
 def _rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
