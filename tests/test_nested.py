@@ -16,6 +16,7 @@ from acip_kernels import (
     RankingConfig,
     Sizing,
     compress,
+    files,
     load,
     materialize,
 )
@@ -238,6 +239,38 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         toys.assert_close(toys.logits(load(tmp_path / "elastic", size)), toys.logits(materialize(result, size)))
     with pytest.raises(ValueError, match="cannot be rebuilt"):
         result.save(tmp_path / "compact", compact=True, base_model="x")
+
+
+def test_factors_keep_what_rounding_is_to_know(tmp_path):
+    """The lengths of their basis, and of a wide layer the variances of its inputs; in every way to a model."""
+    config = RankingConfig(method="importance", calibration_batches=4, dtype="float32")
+    ranked = svd_layers(compress(toys.llama(), BATCHES, config, progress=False).model)
+    result = run(output=tmp_path / "run")
+    trained = svd_layers(result.model)
+    for name, layer in trained.items():
+        for one, other in ((layer.U.t(), ranked[name].U.t()), (layer.Vh, ranked[name].Vh)):
+            torch.testing.assert_close(one.norm(dim=1), other.norm(dim=1), rtol=1e-5, atol=0)
+        assert (layer.input_variances is not None) == (layer.in_features > layer.out_features)
+        if layer.input_variances is not None:
+            assert torch.equal(layer.input_variances, ranked[name].input_variances)
+    wide = next(name for name, layer in trained.items() if layer.input_variances is not None)
+    # A finished run, and one that was stopped after its ranking, have it from the ranking's file.
+    resumed = run(output=tmp_path / "run", resume=True)
+    assert torch.equal(svd_layers(resumed.model)[wide].input_variances, trained[wide].input_variances)
+    result.save(tmp_path / "elastic")
+    again = CompressionResult.load(tmp_path / "elastic", dtype=torch.bfloat16)
+    assert torch.equal(svd_layers(again.model)[wide].input_variances, trained[wide].input_variances)
+    again.save(tmp_path / "again")
+    cut, read = materialize(result, 0.6, quantize="int4"), load(tmp_path / "elastic", 0.6, quantize="int4")
+    state = cut.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in read.state_dict().items())
+    for change, message in ((lambda t: t[:-1], "fits the others"), (lambda t: t / 0, "not finite")):
+        path = tmp_path / "again" / "elastic.safetensors"
+        tensors = files.read_tensors(path)
+        files.write_tensors(path, tensors | {f"{wide}.input_variances": change(tensors[f"{wide}.input_variances"])})
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / "again")
+        files.write_tensors(path, tensors)
 
 
 def test_gradient_accumulation_takes_a_size_for_each_batch():

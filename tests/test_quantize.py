@@ -478,6 +478,37 @@ def test_factors_remember_the_covariance_that_they_were_whitened_by():
     torch.testing.assert_close(found, torch.eye(6).double(), rtol=0, atol=1e-5)
 
 
+def test_variances_tell_of_inputs_that_a_wide_layer_does_not_see():
+    out, in_ = 48, 120
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -1.5, in_, dtype=torch.float64)[torch.randperm(in_, generator=generator)]
+    covariance = sizes[:, None] * correlated(in_) * sizes
+    weight = weight_of_shape(out, in_)
+    _, _, Vh = whitened_svd(weight, covariance)
+    without, known = remembered_covariance(Vh), remembered_covariance(Vh, covariance.diagonal())
+    torch.testing.assert_close(Vh.double() @ known @ Vh.double().t(), torch.eye(out).double(), rtol=0, atol=1e-4)
+    assert float(torch.linalg.eigvalsh(known)[0]) > 0
+    assert float((known - covariance).norm()) < 0.5 * float((without - covariance).norm())
+    errors = []
+    for metric in (without, known, covariance):
+        error = decoded(q.quantize(weight, "int4", covariance=metric), in_, Scheme("int4")) - weight.double()
+        errors.append(output_error(error, covariance))
+    assert errors[2] < errors[1] < 0.8 * errors[0]
+    # Of a layer that sees all inputs there is nothing to tell; inputs that never came are as good as any.
+    square = whitened_svd(weight_of_shape(60, 60), correlated(60))[2]
+    assert torch.equal(remembered_covariance(square, torch.rand(60)), remembered_covariance(square))
+    assert torch.equal(remembered_covariance(Vh, torch.zeros(in_)), without)
+    some = covariance.diagonal() * (torch.arange(in_) % 2)
+    assert bool(torch.isfinite(remembered_covariance(Vh, some)).all())
+
+
+def test_columns_of_the_largest_variance_are_rounded_first_group_by_group():
+    variances = torch.tensor([1.0, 5, 2, 9, 9, 1, 3.0])
+    order = q._order(variances, 3)
+    assert {number: columns.tolist() for number, columns in order.items()} == {1: [3, 4, 5], 0: [1, 2, 0], 2: [6]}
+    assert list(order) == [1, 0, 2]
+
+
 def test_what_is_remembered_lowers_the_error():
     """As much as the covariance itself does."""
     model, layers = wide("llama"), {}
