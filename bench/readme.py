@@ -27,6 +27,7 @@ from . import (
     prompt,
     quality,
     quality_bits,
+    quality_rounding,
     quality_search,
     quality_tasks,
     training_parts,
@@ -297,6 +298,16 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
             "beats in both. `importance` at size 1 is the dense model:\n"
         )
         parts.append(quality_bits.table(found))
+    rounding = results.parent / quality_rounding.RESULTS.name
+    if rounding.exists():
+        found = files.read_json(rounding)
+        parts.append(
+            "What int4 in groups of 64 costs by what rounding is told of the layers' inputs: by how much the loss of a "
+            "token rises, in nats. The model itself, of full rank, on the validation articles, "
+            f"{found['windows']} windows, where it has a perplexity of {found['perplexity']:.1f}. "
+            f"{found['device']['device']}, torch {found['device']['torch']}, {found['device']['date'][:10]}:\n"
+        )
+        parts.append(quality_rounding.table(found))
     trials = files.read_json(results.parent / "quality_trials.json")
     device = trials["device"]
     parts.append(

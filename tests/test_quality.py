@@ -2,7 +2,7 @@
 
 import pathlib
 
-from bench import quality, quality_bits
+from bench import quality, quality_bits, quality_rounding
 
 SETTING = {"training_tokens": 61440}
 
@@ -54,3 +54,9 @@ def test_the_frontier_is_what_no_other_model_beats_in_bytes_and_perplexity():
     assert quality_bits.frontier(rows) == [rows[3], rows[1], rows[0]]
     lines = quality_bits.table({"rows": rows}).splitlines()
     assert "**18.0 (90 MB)**" in lines[2] and "  30.0 (110 MB) |" in lines[3] and "–" in lines[2]
+
+
+def test_what_rounding_was_told_is_a_row():
+    rows = [{"told": "nothing", "wide": 0.1163, "all": 0.2387}, {"told": "the factors", "wide": 0.05, "all": 0.1}]
+    lines = quality_rounding.table({"rows": rows}).splitlines()
+    assert len(lines) == 4 and "0.116" in lines[2] and "0.100" in lines[3]

@@ -272,7 +272,8 @@ def check_ranking(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if name not in layers:
             raise ValueError(f"a ranking has factors of {name!r}, which is no linear layer of this model")
         factors = {key: tensors.get(f"{name}.{key}", torch.empty(0)) for key in _RANKED[:-1]}
-        check_factors(weight_of(layers[name]), *factors.values(), tensors.get(f"{name}.{_RANKED[-1]}"))
+        variances = tensors.get(f"{name}.{_RANKED[-1]}")
+        check_factors(weight_of(layers[name]), **factors, input_variances=variances)
 
 
 def put_factors(
