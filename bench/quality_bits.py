@@ -39,7 +39,7 @@ WEIGHTS = {
 # What is measured beside the others at these sizes alone.
 BESIDE = {
     "int4, to the nearest": (("importance", 1.0), ("nested", 0.6)),
-    "int4, pivoted": (("nested", 0.8), ("nested", 0.6)),
+    "int4, pivoted": (("nested", 0.8), ("nested", 0.6), ("nested", 0.4)),
     "int4, pivoted, to the nearest": (("nested", 0.6),),
 }
 

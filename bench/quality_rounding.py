@@ -47,7 +47,7 @@ console = Console(stderr=True)
 def table(result: dict) -> str:
     """Markdown: a row for what rounding was told."""
     lines = [[row["told"], f"{row['wide']:.3f}", f"{row['all']:.3f}"] for row in result["rows"]]
-    return markdown(["rounding is told of", "down projections alone", "all layers"], lines)
+    return markdown(["rounding is told of", "layers with more inputs than outputs", "all layers"], lines)
 
 
 def main(
