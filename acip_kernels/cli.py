@@ -339,7 +339,7 @@ def materialize(
         list[str] | None,
         typer.Option(
             help="Forms that layers may be stored in: dense, factors, pivoted (repeatable). Default: all; "
-            "of int4 without pivoted, which it suits badly."
+            "of int4 without pivoted, which is to be named: see docs/quality.md."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the checkpoint's own.")] = "auto",

@@ -169,8 +169,9 @@ def materialize(
         adapters: "auto", "merge", "truncate" or "drop"; see `plan_cut`.
         rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
         forms: what layers may be stored as, some of "dense", "factors" and "pivoted"; the ranks that a size allows
-            depend on it. None for all of them, in int4 without the last: an error of four bits in the pivot rows passes
-            through the second matrix as well, and at equal bytes two factors lose less (docs/quality.md).
+            depend on it. None for all of them, in int4 without the last: by factors that tell of the inputs it is the
+            better one, by others, or to the nearest, an error of four bits in the pivot rows, which passes through the
+            second matrix as well, may ruin it (docs/quality.md).
         covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate" and
             for quantize: so that the error of the outputs is the least, instead of that of the weights.
         dtype: of the new weights; None for the factors' own.

@@ -302,7 +302,7 @@ def forms_for(forms: tuple[str, ...] | None, scheme: Scheme | None) -> tuple[str
     """The forms that layers may take: `forms`, or by default all, in int4 without the pivoted one."""
     if forms is not None:
         return check_forms(forms)
-    # The pivots' rounding errors pass through the second matrix too: at equal bytes two factors lose less.
+    # The pivots' errors pass through the second matrix too: by factors that tell nothing of the inputs it is ruined.
     return tuple(form for form in FORMS if form != "pivoted" or scheme is None or scheme.kind != "int4")
 
 
