@@ -371,7 +371,8 @@ def materialize(
             "--data",
             "-d",
             help="With --quantize: round by what this text makes of the errors, instead of what the factors remember "
-            "of the text that they were made with. With --recalibrate: fit on it. See `compress --help`.",
+            "of the text that they were made with; it need not help, so evaluate both. "
+            "With --recalibrate: fit on it. See `compress --help`.",
         ),
     ] = None,
     column: Column = "text",

@@ -374,7 +374,8 @@ class _Elastic:
             r = options.get("adapter_rank", 0)
             needed = ("scores", "S", "U", "Vh", *(("lora_A", "lora_B") if r else ()))
             needed += ("mask",) if f"{name}.mask" in self.where else ()
-            needed += ("input_variances",) if options.get("input_variances") else ()
+            variances = options.get("input_variances") or f"{name}.input_variances" in self.where
+            needed += ("input_variances",) if variances else ()
             shapes = {key: self.shape(f"{name}.{key}") for key in needed}
             k, out, in_ = shapes["scores"], shapes["U"][:1], shapes["Vh"][1:]
             expected = {
