@@ -98,6 +98,7 @@ _CONFIG_HELP = {
     "sensitivity_batches": "Batches that the sensitivity of each layer is measured on (asvd).",
     "forms": "Forms that layers may be stored in: dense, factors, pivoted (repeatable).",
     "magnitude_power": "ASVD's α.",
+    "gradient_share": "How much of an input's weight in its covariance is its gradient's, 0 to 1 (nested, importance).",
     "distillation": "Weight of the dense model's probabilities in the loss; 0 for the next token alone (nested).",
     "learning_rate": "AdamW's highest learning rate (nested).",
     "update_rank": "Rank of what is trained of each factor (nested).",
@@ -339,7 +340,7 @@ def materialize(
         list[str] | None,
         typer.Option(
             help="Forms that layers may be stored in: dense, factors, pivoted (repeatable). Default: all; "
-            "of int4 without pivoted, which is to be named: see docs/quality.md."
+            "of int4 without pivoted, if rounding knows nothing of the layers' inputs: see docs/quality.md."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the new weights; auto for the checkpoint's own.")] = "auto",
@@ -414,7 +415,7 @@ def materialize(
     options = {"count": count, "adapters": adapters, "rank_multiple": rank_multiple}
     scheme = {"quantize": quantize, "quantize_group": quantize_group, "quantize_symmetric": quantize_symmetric}
     stored_as = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
-    options["forms"] = forms_for(tuple(forms) if forms else None, stored_as)
+    options["forms"] = tuple(forms) if forms else None
     scheme |= {"quantize_rounding": quantize_rounding, "quantize_embeddings": quantize_embeddings}
     if data is None:
         model = load(elastic, size_ratio, **source, **options, **scheme)
@@ -423,6 +424,8 @@ def materialize(
         batches = texts.Batches(tokens, batch_size=1, length=length, seed=0)
         calibration = list(itertools.islice(batches, calibration_batches))
         result = load_result(elastic, **source)
+        # A text tells of the inputs, so what is refitted is what is cut afterwards.
+        options["forms"] = forms_for(options["forms"], stored_as, quantize_rounding == "feedback")
         if recalibrate:
             cut_by = {name: options[name] for name in ("count", "rank_multiple", "forms")}
             with RunProgress(enabled=not as_json) as bar, bar.counting("refit", "blocks") as advance:
@@ -1187,13 +1190,14 @@ def _tokenizer_if_any(*names):
 def _quantized_by(batches: list, factorized, size_ratio: float, options: dict, scheme: dict):
     """`materialize`, rounding in the metric of the inputs that the model of this size has on `batches`."""
     from . import materialize as cut_at
-    from .compress.basis import input_covariances
+    from .compress.basis import layer_covariances
     from .compress.factorize import svd_layers
+    from .compress.step import with_labels
 
     names = list(svd_layers(factorized))
     plain = cut_at(factorized, size_ratio, **options)
     with console.status("inputs of every layer …"):
-        covariances = input_covariances(plain, names, batches)
+        covariances, _ = layer_covariances(plain, names, [with_labels(batch, plain.device) for batch in batches])
     return cut_at(factorized, size_ratio, covariances=covariances, **options, **scheme).eval()
 
 

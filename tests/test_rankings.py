@@ -132,9 +132,10 @@ def test_covariances_that_are_not_finite_are_refused():
 def test_covariances_are_those_of_inputs_and_gradients():
     model, name = toys.llama(), "model.layers.1.mlp.down_proj"
     batches = [with_labels(batch, CPU) for batch in BATCHES]
-    inputs, gradients = layer_covariances(model, [name], batches)
+    inputs, gradients = layer_covariances(model, [name], batches, gradient_share=0.3)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    torch.testing.assert_close(inputs[name], input_covariances(model, [name], batches)[name])
+    unweighed, _ = layer_covariances(model, [name], batches, gradient_share=0.0)
+    torch.testing.assert_close(unweighed[name], input_covariances(model, [name], batches)[name])
     xs, gs = [], []
     layer = model.get_submodule(name)
     for batch in batches:
@@ -144,9 +145,21 @@ def test_covariances_are_those_of_inputs_and_gradients():
         handle.remove()
         xs.append(kept[0].detach().flatten(0, 1).double())
         gs.append(torch.autograd.grad(loss, kept[1])[0].flatten(0, 1).double())
+        squares = gs[-1].square().sum(1, keepdim=True)
+        xs[-1] *= (0.7 + 0.3 * squares / squares.mean()).sqrt()
     for values, found in ((torch.cat(xs), inputs[name]), (torch.cat(gs), gradients[name])):
         # Sums over 24 tokens in float32 a batch.
         torch.testing.assert_close(found, values.t() @ values / len(values), rtol=1e-4, atol=1e-6 * float(found.max()))
+
+
+def test_a_layer_without_gradients_has_its_inputs_as_they_are():
+    model = toys.llama()
+    batch = with_labels(BATCHES[0], CPU)
+    unread = batch | {"labels": torch.full_like(batch["labels"], -100)}  # no token is to be predicted
+    name = "model.layers.0.self_attn.v_proj"
+    inputs, gradients = layer_covariances(model, [name], [unread])
+    torch.testing.assert_close(inputs[name], input_covariances(model, [name], [batch])[name])
+    assert not gradients[name].any()
 
 
 def test_the_curvature_predicts_what_the_loss_rises_by():

@@ -21,7 +21,7 @@ from .config import cast
 from .factorize import svd_layers
 from .pivot import pivot_form
 from .quantized import quantized_tensors, rounding_metric
-from .sizing import Sizing, check_size_ratio
+from .sizing import Sizing, check_size_ratio, forms_for, knows_inputs
 
 if TYPE_CHECKING:
     from .result import CompressionResult
@@ -169,9 +169,10 @@ def materialize(
         adapters: "auto", "merge", "truncate" or "drop"; see `plan_cut`.
         rank_multiple: stored ranks are rounded up to a multiple of this, where there are that many.
         forms: what layers may be stored as, some of "dense", "factors" and "pivoted"; the ranks that a size allows
-            depend on it. None for all of them, in int4 without the last: by factors that tell of the inputs it is the
-            better one, by others, or to the nearest, an error of four bits in the pivot rows, which passes through the
-            second matrix as well, may ruin it (docs/quality.md).
+            depend on it. None for all of them; but in int4 without the last one, where nothing is known of the layers'
+            inputs (factors that were not whitened, nor any covariances), or rounding is to the nearest: there an error
+            of four bits in the pivot rows, which passes through the second matrix as well, may ruin it, while with
+            that knowledge it is the better one (docs/quality.md).
         covariances: `{layer: [in, in]}` of the layers' inputs (`basis.input_covariances`), for adapters="truncate" and
             for quantize: so that the error of the outputs is the least, instead of that of the weights.
         dtype: of the new weights; None for the factors' own.
@@ -193,10 +194,13 @@ def materialize(
     """
     scheme = None if quantize is None else Scheme(quantize, quantize_group, quantize_symmetric)
     model = model_or_result if isinstance(model_or_result, nn.Module) else model_or_result.model
+    layers = svd_layers(model)
+    informed = quantize_rounding == "feedback" and (bool(covariances) or knows_inputs(layers))
+    forms = forms_for(forms, scheme, informed)
     storage = {"rank_multiple": rank_multiple, "forms": forms, "scheme": scheme}
     cut = model_cut(model, size_ratio, count=count, adapters=adapters, **storage)
     form, memo = cut.forms, {}
-    for name, layer in svd_layers(model).items():
+    for name, layer in layers.items():
         A, B = (layer.lora_A, layer.lora_B) if layer.adapter_rank and cut.adapters != "drop" else (None, None)
         live = cut.live[name].to(layer.S.device)
         covariance = (covariances or {}).get(name)

@@ -10,7 +10,8 @@ way: any size, `materialize`, evaluate.
 - `svd_llm` (arXiv 2403.07378; v2: 2503.12340): whitened by the inputs' covariance. Allocation `uniform`, the same size
   ratio for every layer, or `loss`, v2's: within each type of layer, in proportion to `1 / log` of the error that
   truncation leaves in theory.
-- `importance`: whitened by the covariance of the inputs and of the gradients at the outputs, so that a squared singular
+- `importance`: whitened by the covariance of the inputs, weighed by their gradients, and of the gradients at the outputs,
+  so that a squared singular
   value is what the loss rises by without it, to second order and by a Kronecker-factored curvature. Allocation `worth`:
   that, per number stored (`importance.py`); `measured`: the mean square of the masked singular-value gradient instead,
   a pass over the data more.
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from ..models.loss import CausalLoss
 from ..models.targets import choose_targets, linear_layers
-from .basis import Division, input_covariances, input_magnitudes, layer_covariances
+from .basis import GRADIENT_SHARE, Division, input_covariances, input_magnitudes, layer_covariances
 from .config import DTYPES, known_fields
 from .factorize import factorize, svd_layers
 from .importance import gradient_importance, scores_by_worth
@@ -59,6 +60,8 @@ class RankingConfig:
     calibration_batches: batches, the first ones, that inputs and gradients are taken from. sensitivity_batches: of
         those, how many the sensitivity of a layer is measured on.
     forms: how layers will be stored, which decides what a singular value saves. magnitude_power: ASVD's `α`.
+    gradient_share: of "importance", how much of an input's weight in its covariance is its gradient's, from 0 (inputs
+        count alike, as in K-FAC) to 1; see `basis.layer_covariances`.
     checkpoint_seconds, seed: of what is trained afterwards; a ranking itself has nothing random.
     """
 
@@ -71,6 +74,7 @@ class RankingConfig:
     sensitivity_batches: int = 1
     forms: tuple[str, ...] = FORMS
     magnitude_power: float = 0.5
+    gradient_share: float = GRADIENT_SHARE
     checkpoint_seconds: float = 300.0
     seed: int = 0
 
@@ -115,6 +119,8 @@ class RankingConfig:
                 raise ValueError(f"{name} must be an int of at least 1, got {getattr(self, name)!r}")
         if not 0 <= self.magnitude_power <= 1:
             raise ValueError(f"magnitude_power must be from 0 to 1, got {self.magnitude_power}")
+        if not 0 <= self.gradient_share <= 1:
+            raise ValueError(f"gradient_share must be from 0 to 1, got {self.gradient_share}")
 
 
 def rank_singular_values(
@@ -160,7 +166,7 @@ def decompose(
         with counting("inputs", "batches") as advance:
             arguments = model, names, batches, advance, len(batches), division
             if config.method == "importance":
-                covariances, gradients = layer_covariances(*arguments)
+                covariances, gradients = layer_covariances(*arguments, gradient_share=config.gradient_share)
             elif config.method == "svd_llm":
                 covariances = input_covariances(*arguments)
             else:

@@ -97,7 +97,7 @@ class Sizing:
             column(layer.adapter_rank if adapters else 0 for layer in layers.values()),
             sum(rest.values()) + biases,
             rank_multiple,
-            forms_for(forms, scheme),
+            forms_for(forms, scheme, knows_inputs(layers)),
             scheme,
             biases,
         )
@@ -298,12 +298,20 @@ class Sizing:
         return flat, torch.arange(len(self.names)).repeat_interleave(self.full_rank)
 
 
-def forms_for(forms: tuple[str, ...] | None, scheme: Scheme | None) -> tuple[str, ...]:
-    """The forms that layers may take: `forms`, or by default all, in int4 without the pivoted one."""
+def forms_for(forms: tuple[str, ...] | None, scheme: Scheme | None, informed: bool) -> tuple[str, ...]:
+    """The forms that layers may take: `forms`, or by default all, in int4 the pivoted one only if `informed`.
+
+    informed: rounding takes errors back by what is known of the layers' inputs.
+    """
     if forms is not None:
         return check_forms(forms)
-    # The pivots' errors pass through the second matrix too: by factors that tell nothing of the inputs it is ruined.
-    return tuple(form for form in FORMS if form != "pivoted" or scheme is None or scheme.kind != "int4")
+    # An error of four bits in the pivot rows passes through the second matrix too, and may ruin it.
+    return FORMS if informed or scheme is None or scheme.kind != "int4" else ("dense", "factors")
+
+
+def knows_inputs(layers: dict[str, SVDLinear]) -> bool:
+    """Whether the layers were decomposed in a basis that knows their inputs, and remember them."""
+    return any(layer.input_variances is not None for layer in layers.values())
 
 
 def check_size_ratio(size_ratio: float) -> None:

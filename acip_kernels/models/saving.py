@@ -194,7 +194,7 @@ def load(
             state = {f"{name}.{key}": tensor for name in acip.layers for key, tensor in elastic.layer(name).items()}
             config.quantization_config = _factorized(acip).to_dict()
         else:
-            cut = elastic.cut(size_ratio, scheme=scheme, **cutting)
+            cut = elastic.cut(size_ratio, scheme=scheme, rounding=quantize_rounding, **cutting)
             state = elastic.materialized(cut, quantize_rounding)
             quantizer.describe(config, *_ranks(state), size_ratio=size_ratio, count=count, cut=cut)
         state |= elastic.rest()
@@ -441,7 +441,14 @@ class _Elastic:
         return {name: self.get(name) for name in self.where if name not in inside}
 
     def cut(
-        self, size_ratio: float, *, rank_multiple: int, forms: tuple[str, ...] | None, scheme: Scheme | None, **options
+        self,
+        size_ratio: float,
+        *,
+        rank_multiple: int,
+        forms: tuple[str, ...] | None,
+        scheme: Scheme | None,
+        rounding: str,
+        **options,
     ) -> Cut:
         inside = {f"{name}.{key}" for name in self.layers for key in _LAYER_TENSORS if key != "bias"}
         out = torch.tensor([self.shape(f"{name}.U")[0] for name in self.layers])
@@ -451,7 +458,8 @@ class _Elastic:
         full = torch.tensor([scores.numel() for scores in self.scores.values()])
         trained = any(r and bool(self.get(f"{name}.lora_B").any()) for name, r in zip(self.layers, ranks.tolist()))
         biases = sum(self.shape(name)[0] for name in (f"{name}.bias" for name in self.layers) if name in self.where)
-        storage = rest, rank_multiple, forms_for(forms, scheme), scheme, biases
+        informed = rounding == "feedback" and any(f"{name}.input_variances" in self.where for name in self.layers)
+        storage = rest, rank_multiple, forms_for(forms, scheme, informed), scheme, biases
         with_adapters = Sizing(tuple(self.layers), out, in_, full, ranks, *storage)
         without = dataclasses.replace(with_adapters, adapter_rank=torch.zeros_like(ranks))
         return plan_cut(self.scores, with_adapters, without, size_ratio, trained=trained, **options)
