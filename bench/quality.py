@@ -48,6 +48,7 @@ from acip_kernels.compress.step import with_labels
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "quality"
+RECIPES = RESULTS.with_name("quality_recipes.json")
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 TEXTS = ("wikipedia", "quick", "news")
 QUICK = 8
@@ -251,6 +252,26 @@ def table(results: list[dict], text: str = "wikipedia") -> str:
             cells.append(cell if len(values) < 2 else f"{cell} ({_number(values[0])}–{_number(values[-1])})")
         trained = mine["setting"]["training_tokens"]
         lines.append(f"| {method} | {trained / 1000:.0f} k | {len(mine['seeds'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def recipes_table(earlier: list[dict], results: list[dict]) -> str:
+    """Markdown: earlier defaults of `nested`, and the present one, by the median over their seeds and the range."""
+    runs = {recipe["about"]: [run["wikipedia"] for run in recipe["runs"]] for recipe in earlier}
+    runs["the default: inputs weighed by their gradients besides"] = [
+        {f"{row['size_ratio']:g}": row["wikipedia"] for row in result["rows"] if "wikipedia" in row}
+        for result in results
+        if result["method"] == "nested"
+    ]
+    sizes = [f"{size:g}" for size in SIZES if any(f"{size:g}" in run for seeds in runs.values() for run in seeds)]
+    lines = ["| recipe | seeds | " + " | ".join(sizes) + " |", "| --- | ---: |" + " ---: |" * len(sizes)]
+    for about, seeds in runs.items():
+        cells = []
+        for size in sizes:
+            values = sorted(run[size] for run in seeds if size in run)
+            one = "–" if not values else f"{values[len(values) // 2]:.2f}"
+            cells.append(one if len(values) < 2 else f"{one} ({values[0]:.2f}–{values[-1]:.2f})")
+        lines.append(f"| {about} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

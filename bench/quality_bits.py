@@ -32,14 +32,14 @@ WEIGHTS = {
     "int4": {"quantize": "int4"},
     "int8, embeddings too": {"quantize": "int8", "quantize_embeddings": "int8"},
     "int4, embeddings int8": {"quantize": "int4", "quantize_embeddings": "int8"},
-    "int4, to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
-    "int4, pivoted": {"quantize": "int4", "forms": FORMS},
+    "int4, in two factors": {"quantize": "int4", "forms": ("dense", "factors")},
+    "… and to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
     "int4, pivoted, to the nearest": {"quantize": "int4", "forms": FORMS, "quantize_rounding": "nearest"},
 }
 # What is measured beside the others at these sizes alone.
 BESIDE = {
-    "int4, to the nearest": (("importance", 1.0), ("nested", 0.6)),
-    "int4, pivoted": (("nested", 0.8), ("nested", 0.6), ("nested", 0.4)),
+    "int4, in two factors": (("nested", 0.8), ("nested", 0.6), ("nested", 0.4)),
+    "… and to the nearest": (("importance", 1.0), ("nested", 0.6)),
     "int4, pivoted, to the nearest": (("nested", 0.6),),
 }
 

@@ -20,11 +20,12 @@ from rich.console import Console
 
 from acip_kernels import data as texts
 from acip_kernels import evaluate, files, report
-from acip_kernels.compress.basis import input_covariances
+from acip_kernels.compress.basis import input_covariances, layer_covariances
 from acip_kernels.compress.config import compute_dtype
 from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.quantized import remembered_covariance
 from acip_kernels.compress.result import CompressionResult
+from acip_kernels.compress.step import with_labels
 from acip_kernels.ops.quantize import dequantize, quantize
 
 from .quality import CALIBRATION_BATCHES, CONTEXT, HELD_OUT, LENGTH, ROOT
@@ -33,12 +34,13 @@ from .training_step import markdown
 
 RESULTS = ROOT / "bench" / "results" / "quality_rounding.json"
 TOLD = {
-    "nothing: to the nearest": lambda layer, covariance: None,
-    "the factors": lambda layer, covariance: remembered_covariance(layer.Vh),
-    "the factors, and variances where inputs are more than outputs": lambda layer, covariance: remembered_covariance(
-        layer.Vh, layer.input_variances
+    "nothing: to the nearest": lambda layer, plain, weighed: None,
+    "the factors": lambda layer, plain, weighed: remembered_covariance(layer.Vh),
+    "the factors, and variances where inputs are more than outputs": lambda layer, plain, weighed: (
+        remembered_covariance(layer.Vh, layer.input_variances)
     ),
-    "the inputs themselves": lambda layer, covariance: covariance,
+    "the inputs themselves, all alike": lambda layer, plain, weighed: plain,
+    "the inputs themselves, weighed by their gradients": lambda layer, plain, weighed: weighed,
 }
 
 console = Console(stderr=True)
@@ -69,7 +71,8 @@ def main(
     dense = AutoModelForCausalLM.from_pretrained(source, dtype=compute_dtype("auto", device)).eval()
     layers = svd_layers(CompressionResult.load(work / "importance-0" / "elastic").model)
     first = list(itertools.islice(calibration, CALIBRATION_BATCHES))
-    covariances = input_covariances(dense, list(layers), first)
+    plain = input_covariances(dense, list(layers), first)
+    weighed, _ = layer_covariances(dense, list(layers), [with_labels(batch, device) for batch in first])
 
     def loss(model) -> float:
         return math.log(evaluate.perplexity(model, judged, context=CONTEXT, max_windows=WINDOWS).value)
@@ -86,7 +89,9 @@ def main(
             for name in names:
                 weight = rounded.get_submodule(name).weight
                 # The weight that the model has, not the factors' product.
-                codes = quantize(weight.detach().float(), "int4", covariance=metric(layers[name], covariances[name]))
+                codes = quantize(
+                    weight.detach().float(), "int4", covariance=metric(layers[name], plain[name], weighed[name])
+                )
                 weight.data = dequantize(*codes, cols=weight.shape[1], dtype=weight.dtype)
             row[part] = loss(rounded) - before
         result["rows"].append(row)

@@ -58,6 +58,8 @@ def block(summary: dict) -> str:
         f"{summary['peak_memory_bytes'] / 1e9:.1f} GB at the peak.",
         *longer_run(),
         "",
+        decoding_speed(),
+        "",
         "![Perplexity against size](docs/demo-perplexity.svg)",
         "",
         f"What it costs, in words: greedy continuations of “{summary['prompts'][0]}”",
@@ -91,6 +93,30 @@ def longer_run(results: pathlib.Path = quality.RESULTS) -> list[str]:
             f"comes to {tuned:.2f}{other}."
         )
     return ["", text]
+
+
+def decoding_speed(result: pathlib.Path = ROOT / "bench" / "results" / "generate-amd-epyc.json") -> str:
+    """How much faster whole models decode at the smallest size, of `bench.generate`'s rows."""
+    found = files.read_json(result)
+    size = min(generate.RATIOS)
+
+    def times(model: str, variant: str, loop: str) -> str:
+        rows = next(one["rows"] for one in found["models"] if one["model"] == model)
+        row = next(r for r in rows if (r["variant"], r["ratio"], r["loop"]) == (variant, size, loop))
+        return f"{row['times_dense']:.1f}"
+
+    ways = (generate.FUSED, generate.INT4, generate.INT4_ALL)
+    plain, compiled = (
+        [times(generate.LLAMA, way, loop) for way in ways] for loop in (generate.GENERATE, generate.COMPILED)
+    )
+    return (
+        f"Decoding at {100 * size:.0f} %, fused, as times the dense model's tokens in a second, {found['device']['cores']} "
+        f"cores of an {found['device']['device']}, bfloat16, both through stock `generate`: SmolLM2-135M "
+        f"{times(generate.SMOL, generate.FUSED, generate.GENERATE)}; a model of Llama-3.2-1B's shape {plain[0]}, with int4 "
+        f"factors {plain[1]}, with int8 embeddings besides {plain[2]} (both sides compiled: {', '.join(compiled)}). Two "
+        f"`F.linear` a layer come to {times(generate.SMOL, generate.TWO, generate.GENERATE)} and "
+        f"{times(generate.LLAMA, generate.TWO, generate.GENERATE)}."
+    )
 
 
 def training_block(results: pathlib.Path = ROOT / "bench" / "results") -> str:
@@ -279,6 +305,12 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
     """The quality page's section of measured numbers."""
     stored = quality.read_results(results)
     parts = quality_tables(stored) if stored else ["The benchmark: not measured yet.\n"]
+    if stored:
+        parts.append(
+            "What the default was before, and is now: the same steps on the same tokens, perplexity on Wikipedia; each "
+            "recipe with the seeds' median and range:\n"
+        )
+        parts.append(quality.recipes_table(files.read_json(quality.RECIPES)["recipes"], stored))
     beside = results.parent / quality_tasks.RESULTS.name
     if beside.exists():
         found = files.read_json(beside)

@@ -24,6 +24,15 @@ def test_the_table_has_the_median_and_the_range_of_the_seeds():
     assert quality.table(found, "news").splitlines()[2:] == ["| svd | 61 k | 1 | 9.0 |"]
 
 
+def test_recipes_are_compared_by_their_seeds():
+    earlier = [{"about": "before", "runs": [{"wikipedia": {"0.8": 20.0}}, {"wikipedia": {"0.8": 21.0, "0.4": 50.0}}]}]
+    now = [result("nested", 0, [{"size_ratio": 0.8, "wikipedia": 19.0}]), result("svd", 0, [{"size_ratio": 0.8}])]
+    lines = quality.recipes_table(earlier, now).splitlines()
+    assert lines[0] == "| recipe | seeds | 0.8 | 0.4 |"
+    assert lines[2] == "| before | 2 | 21.00 (20.00–21.00) | 50.00 |"
+    assert lines[3].endswith("| 1 | 19.00 | – |")
+
+
 def test_every_method_has_a_configuration_that_says_so():
     assert quality.AFTERWARDS.keys() < quality.METHODS.keys()
     for method, make in quality.METHODS.items():

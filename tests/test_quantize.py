@@ -529,13 +529,27 @@ def test_what_is_remembered_lowers_the_error():
     assert errors["given"] < 1.05 * errors["remembered"]
 
 
-def test_int4_is_pivoted_on_request_alone(llama):
-    def forms(**options):
-        return {type(module) for module in materialize(llama, 0.6, **options).modules()} & {LowRankLinear, PivotLinear}
+def test_int4_is_pivoted_where_rounding_knows_the_inputs(llama, tmp_path):
+    def forms(made):
+        return {type(module) for module in made.modules()} & {LowRankLinear, PivotLinear}
 
-    assert PivotLinear in forms() and PivotLinear in forms(quantize="int8")
-    assert forms(quantize="int4") == {LowRankLinear}
-    assert PivotLinear in forms(quantize="int4", forms=FORMS)
+    assert PivotLinear in forms(materialize(llama, 0.6))
+    assert PivotLinear in forms(materialize(llama, 0.6, quantize="int8"))
+    assert forms(materialize(llama, 0.6, quantize="int4")) == {LowRankLinear}
+    assert PivotLinear in forms(materialize(llama, 0.6, quantize="int4", forms=FORMS))
+    model = wide("llama")
+    covariances = {name: correlated(layer.in_features) for name, layer in linear_layers(model)[0].items()}
+    assert PivotLinear in forms(materialize(llama, 0.6, quantize="int4", covariances=covariances))
+    acip_kernels.factorize(model, adapter_rank=0, covariances=covariances)
+    acip_kernels.score_by_singular_values(model)
+    knowing = CompressionResult(model)
+    assert "pivoted" in knowing.cut(0.6, scheme=Scheme("int4")).forms.values()
+    assert forms(materialize(model, 0.6, quantize="int4", forms=("dense", "factors"))) == {LowRankLinear}
+    knowing.save(tmp_path / "elastic")
+    for rounding, expected in (("feedback", {PivotLinear}), ("nearest", {LowRankLinear})):
+        options = {"quantize": "int4", "quantize_rounding": rounding}
+        assert forms(materialize(model, 0.6, **options)) == expected
+        assert forms(load(tmp_path / "elastic", 0.6, **options)) == expected
 
 
 def effective(module):
