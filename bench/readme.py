@@ -109,13 +109,20 @@ def decoding_speed(result: pathlib.Path = ROOT / "bench" / "results" / "generate
     plain, compiled = (
         [times(generate.LLAMA, way, loop) for way in ways] for loop in (generate.GENERATE, generate.COMPILED)
     )
+    smol, *two = (
+        times(model, way, generate.GENERATE)
+        for model, way in (
+            (generate.SMOL, generate.FUSED),
+            (generate.SMOL, generate.TWO),
+            (generate.LLAMA, generate.TWO),
+        )
+    )
+    device = found["device"]
     return (
-        f"Decoding at {100 * size:.0f} %, fused, as times the dense model's tokens in a second, {found['device']['cores']} "
-        f"cores of an {found['device']['device']}, bfloat16, both through stock `generate`: SmolLM2-135M "
-        f"{times(generate.SMOL, generate.FUSED, generate.GENERATE)}; a model of Llama-3.2-1B's shape {plain[0]}, with int4 "
-        f"factors {plain[1]}, with int8 embeddings besides {plain[2]} (both sides compiled: {', '.join(compiled)}). Two "
-        f"`F.linear` a layer come to {times(generate.SMOL, generate.TWO, generate.GENERATE)} and "
-        f"{times(generate.LLAMA, generate.TWO, generate.GENERATE)}."
+        f"Decoding at {100 * size:.0f} %, fused, as times the dense model's tokens in a second, {device['cores']} cores "
+        f"of an {device['device']}, bfloat16, both through stock `generate`: SmolLM2-135M {smol}; a model of "
+        f"Llama-3.2-1B's shape {plain[0]}, with int4 factors {plain[1]}, with int8 embeddings besides {plain[2]} (both "
+        f"sides compiled: {', '.join(compiled)}). Two `F.linear` a layer come to {two[0]} and {two[1]}."
     )
 
 

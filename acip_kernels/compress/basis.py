@@ -13,9 +13,8 @@ from ..models.targets import weight_of
 from ..nn.svd_linear import svd
 from .processes import Processes
 
-
-# What `layer_covariances` weighs inputs by their gradients with. The more it is, the fewer tokens decide: for SmolLM2-135M
-# 0.1 to 0.5 are better than none, and 1 is far worse (docs/quality.md).
+# What `layer_covariances` weighs inputs by their gradients with. The more it is, the fewer tokens decide: for
+# SmolLM2-135M 0.1 to 0.5 are better than none, and 1 is far worse (docs/quality.md).
 GRADIENT_SHARE = 0.1
 
 

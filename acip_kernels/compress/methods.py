@@ -10,11 +10,10 @@ way: any size, `materialize`, evaluate.
 - `svd_llm` (arXiv 2403.07378; v2: 2503.12340): whitened by the inputs' covariance. Allocation `uniform`, the same size
   ratio for every layer, or `loss`, v2's: within each type of layer, in proportion to `1 / log` of the error that
   truncation leaves in theory.
-- `importance`: whitened by the covariance of the inputs, weighed by their gradients, and of the gradients at the outputs,
-  so that a squared singular
-  value is what the loss rises by without it, to second order and by a Kronecker-factored curvature. Allocation `worth`:
-  that, per number stored (`importance.py`); `measured`: the mean square of the masked singular-value gradient instead,
-  a pass over the data more.
+- `importance`: whitened by the covariance of the inputs, weighed by their gradients, and of the gradients at the
+  outputs, so that a squared singular value is what the loss rises by without it, to second order and by a
+  Kronecker-factored curvature. Allocation `worth`: that, per number stored (`importance.py`); `measured`: the mean
+  square of the masked singular-value gradient instead, a pass over the data more.
 """
 
 from __future__ import annotations
