@@ -119,8 +119,8 @@ def decoding_speed(result: pathlib.Path = ROOT / "bench" / "results" / "generate
     )
     device = found["device"]
     return (
-        f"Decoding at {100 * size:.0f} %, fused, as times the dense model's tokens in a second, {device['cores']} cores "
-        f"of an {device['device']}, bfloat16, both through stock `generate`: SmolLM2-135M {smol}; a model of "
+        f"Decoding at {100 * size:.0f} %, fused, as times the dense model's tokens in a second, {device['cores']} "
+        f"cores of an {device['device']}, bfloat16, both through stock `generate`: SmolLM2-135M {smol}; a model of "
         f"Llama-3.2-1B's shape {plain[0]}, with int4 factors {plain[1]}, with int8 embeddings besides {plain[2]} (both "
         f"sides compiled: {', '.join(compiled)}). Two `F.linear` a layer come to {two[0]} and {two[1]}."
     )
