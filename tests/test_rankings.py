@@ -9,7 +9,7 @@ import toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acip_kernels import RankingConfig, Sizing, compress, materialize
+from acip_kernels import LowRankLinear, RankingConfig, Sizing, compress, materialize
 from acip_kernels.compress.basis import damped_cholesky, input_covariances, layer_covariances, whitened_svd
 from acip_kernels.compress.factorize import factorize, svd_layers
 from acip_kernels.compress.importance import _pooled, gradient_importance, scores_by_worth
@@ -160,6 +160,15 @@ def test_a_layer_without_gradients_has_its_inputs_as_they_are():
     inputs, gradients = layer_covariances(model, [name], [unread])
     torch.testing.assert_close(inputs[name], input_covariances(model, [name], [batch])[name])
     assert not gradients[name].any()
+
+
+def test_a_layer_that_no_batch_reaches_has_zeros_whatever_its_form():
+    model = toys.llama()
+    for unused in (torch.nn.Linear(8, 6), LowRankLinear(8, 6, 2)):
+        model.unused = unused
+        inputs, gradients = layer_covariances(model, ["unused"], [with_labels(BATCHES[0], CPU)])
+        assert torch.equal(inputs["unused"], torch.zeros(8, 8, dtype=torch.float64))
+        assert torch.equal(gradients["unused"], torch.zeros(6, 6, dtype=torch.float64))
 
 
 def test_the_curvature_predicts_what_the_loss_rises_by():
