@@ -166,7 +166,9 @@ def test_a_layer_that_no_batch_reaches_has_zeros_whatever_its_form():
     model = toys.llama()
     for unused in (torch.nn.Linear(8, 6), LowRankLinear(8, 6, 2)):
         model.unused = unused
-        inputs, gradients = layer_covariances(model, ["unused"], [with_labels(BATCHES[0], CPU)])
+        inputs, gradients = layer_covariances(
+            model, ["unused", "model.layers.0.mlp.up_proj"], [with_labels(BATCHES[0], CPU)]
+        )
         assert torch.equal(inputs["unused"], torch.zeros(8, 8, dtype=torch.float64))
         assert torch.equal(gradients["unused"], torch.zeros(6, 6, dtype=torch.float64))
 

@@ -238,7 +238,8 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     """`(out, in)` features of a linear layer, dense or not."""
     if hasattr(module, "in_features"):
         return module.out_features, module.in_features  # type: ignore[return-value]
-    return tuple(weight_of(module).shape)
+    out, in_ = weight_of(module).shape
+    return out, in_
 
 
 def _meet(division: Division, number: int, tokens: int = 0) -> list[int]:
