@@ -255,18 +255,20 @@ def table(results: list[dict], text: str = "wikipedia") -> str:
     return "\n".join(lines) + "\n"
 
 
-def recipes_table(earlier: list[dict], results: list[dict]) -> str:
+def recipes_table(earlier: list[dict], results: list[dict], text: str = "wikipedia") -> str:
     """Markdown: earlier defaults of `nested`, and the present one, by the median over their seeds and the range."""
-    runs = {recipe["about"]: [run["wikipedia"] for run in recipe["runs"]] for recipe in earlier}
+    runs = {recipe["about"]: [run[text] for run in recipe["runs"] if text in run] for recipe in earlier}
     runs["the default: inputs weighed by their gradients besides"] = [
-        {f"{row['size_ratio']:g}": row["wikipedia"] for row in result["rows"] if "wikipedia" in row}
+        {f"{row['size_ratio']:g}": row[text] for row in result["rows"] if text in row}
         for result in results
         if result["method"] == "nested"
     ]
     sizes = [f"{size:g}" for size in SIZES if any(f"{size:g}" in run for seeds in runs.values() for run in seeds)]
     lines = ["| recipe | seeds | " + " | ".join(sizes) + " |", "| --- | ---: |" + " ---: |" * len(sizes)]
     for about, seeds in runs.items():
-        cells = []
+        seeds, cells = [run for run in seeds if run], []
+        if not seeds:
+            continue
         for size in sizes:
             values = sorted(run[size] for run in seeds if size in run)
             one = "–" if not values else f"{values[len(values) // 2]:.2f}"

@@ -81,8 +81,9 @@ def longer_run(results: pathlib.Path = quality.RESULTS) -> list[str]:
     rows = [row for row in nested["rows"] if "wikipedia" in row]
     times = ", ".join(f"{row['wikipedia'] / dense:.2f} at {100 * row['size_ratio']:.0f} %" for row in rows)
     text = (
-        f"A run of {nested['setting']['config']['steps']} steps, {nested['seconds'] / 60:.0f} minutes on the same "
-        f"cores, brings the perplexity, in terms of the dense model's, to {times}."
+        f"A run of {nested['setting']['config']['steps']} steps, {nested['seconds'] / 60:.0f} minutes on "
+        f"{nested['device']['threads']} of the same cores with other work beside it, brings the perplexity, in terms of "
+        f"the dense model's, to {times}."
     )
     if ("dense_tuned", 0) in stored:
         tuned = stored["dense_tuned", 0]["rows"][0]["wikipedia"] / dense
@@ -317,7 +318,10 @@ def quality_block(results: pathlib.Path = quality.RESULTS) -> str:
             "What the default was before, and is now: the same steps on the same tokens, perplexity on Wikipedia; each "
             "recipe with the seeds' median and range:\n"
         )
-        parts.append(quality.recipes_table(files.read_json(quality.RECIPES)["recipes"], stored))
+        earlier = files.read_json(quality.RECIPES)["recipes"]
+        parts.append(quality.recipes_table(earlier, stored))
+        parts.append("And on newswire, where it was measured:\n")
+        parts.append(quality.recipes_table(earlier, stored, "news"))
     beside = results.parent / quality_tasks.RESULTS.name
     if beside.exists():
         found = files.read_json(beside)
