@@ -82,8 +82,8 @@ def longer_run(results: pathlib.Path = quality.RESULTS) -> list[str]:
     times = ", ".join(f"{row['wikipedia'] / dense:.2f} at {100 * row['size_ratio']:.0f} %" for row in rows)
     text = (
         f"A run of {nested['setting']['config']['steps']} steps, {nested['seconds'] / 60:.0f} minutes on "
-        f"{nested['device']['threads']} of the same cores with other work beside it, brings the perplexity, in terms of "
-        f"the dense model's, to {times}."
+        f"{nested['device']['threads']} of the same cores with other work beside it, brings the perplexity, in terms "
+        f"of the dense model's, to {times}."
     )
     if ("dense_tuned", 0) in stored:
         tuned = stored["dense_tuned", 0]["rows"][0]["wikipedia"] / dense
