@@ -372,7 +372,7 @@ def materialize(
             "--data",
             "-d",
             help="With --quantize: round by what this text makes of the errors, instead of what the factors remember "
-            "of the text that they were made with: better, if it is of the kind that the model is for. "
+            "of the text that they were made with; see docs/quality.md. "
             "With --recalibrate: fit on it. See `compress --help`.",
         ),
     ] = None,
