@@ -298,6 +298,7 @@ def test_the_rate_rises_then_falls(step, steps, warmup):
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"method": "guess"}, "method must be one of"),
         ({"allocation": "uniform"}, "allocation of importance must be one of"),
+        ({"gradient_share": 1.5}, "gradient_share must be from 0 to 1, got 1.5"),
         ({"forms": ("round",)}, "forms must be some of"),
         ({"calibration_batches": 0}, "calibration_batches"),
         ({"dtype": "int8"}, "dtype"),

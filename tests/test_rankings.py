@@ -152,6 +152,18 @@ def test_covariances_are_those_of_inputs_and_gradients():
         torch.testing.assert_close(found, values.t() @ values / len(values), rtol=1e-4, atol=1e-6 * float(found.max()))
 
 
+def test_a_ranking_weighs_inputs_by_the_share_that_it_is_given():
+    name, batches = "model.layers.1.mlp.down_proj", [{"input_ids": toys.token_ids(2)}]
+    for share in (0.0, 0.9):
+        config = RankingConfig(method="importance", calibration_batches=1, dtype="float32", gradient_share=share)
+        ranked = svd_layers(compress(toys.llama(), batches, config, progress=False).model)[name]
+        labelled = [with_labels(batch, CPU) for batch in batches]
+        inputs, _ = layer_covariances(toys.llama(), [name], labelled, gradient_share=share)
+        torch.testing.assert_close(ranked.input_variances, inputs[name].diagonal().float())
+        unweighed = input_covariances(toys.llama(), [name], labelled)[name].diagonal().float()
+        assert torch.allclose(ranked.input_variances, unweighed) == (share == 0)
+
+
 def test_a_layer_without_gradients_has_its_inputs_as_they_are():
     model = toys.llama()
     batch = with_labels(BATCHES[0], CPU)
