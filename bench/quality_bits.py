@@ -2,11 +2,14 @@
 
 Perplexity on the held-out articles at every size of the one elastic checkpoint, with its weights in bfloat16, int8 and
 int4, against the bytes of the whole file. `importance` at size 1 is the dense model, decomposed and put together again:
-its quantized rows are plain weight-only quantization of the dense model, which a mix of both has to beat.
+its quantized rows are plain weight-only quantization of the dense model, which a mix of both has to beat. Rounding is
+told what the checkpoint remembers of its inputs; "by a text's inputs", those that the cut model has on the calibration
+tokens, as by `acip materialize --quantize int4 -d TEXT`.
 """
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from typing import Annotated
 
@@ -16,15 +19,19 @@ from rich.console import Console
 
 from acip_kernels import data as texts
 from acip_kernels import evaluate, files, materialize, report
+from acip_kernels.compress.basis import layer_covariances
 from acip_kernels.compress.config import FORMS, compute_dtype
+from acip_kernels.compress.factorize import svd_layers
 from acip_kernels.compress.result import CompressionResult
+from acip_kernels.compress.step import with_labels
 
-from .quality import CONTEXT, HELD_OUT, ROOT
+from .quality import CALIBRATION_BATCHES, CONTEXT, HELD_OUT, LENGTH, ROOT
 from .training_step import markdown
 
 RESULTS = ROOT / "bench" / "results" / "quality_bits.json"
 # Of which checkpoint, at which sizes.
 MODELS = {"importance": (1.0,), "nested": (1.0, 0.8, 0.6, 0.4)}
+BY_TEXT = "int4, by a text's inputs"
 # What weights become: a name, and `materialize`'s options.
 WEIGHTS = {
     "bfloat16": {},
@@ -32,6 +39,7 @@ WEIGHTS = {
     "int4": {"quantize": "int4"},
     "int8, embeddings too": {"quantize": "int8", "quantize_embeddings": "int8"},
     "int4, embeddings int8": {"quantize": "int4", "quantize_embeddings": "int8"},
+    BY_TEXT: {"quantize": "int4"},
     "int4, in two factors": {"quantize": "int4", "forms": ("dense", "factors")},
     "… and to the nearest": {"quantize": "int4", "quantize_rounding": "nearest"},
     "int4, pivoted, to the nearest": {"quantize": "int4", "forms": FORMS, "quantize_rounding": "nearest"},
@@ -82,7 +90,9 @@ def main(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(texts.demo_model(log=console.print)))
-    tokens = texts.tokenize(tokenizer, texts.demo_texts(log=console.print)[-HELD_OUT:])
+    articles = texts.demo_texts(log=console.print)
+    tokens = texts.tokenize(tokenizer, articles[-HELD_OUT:])
+    calibration = texts.Batches(texts.tokenize(tokenizer, articles[: -2 * HELD_OUT]), batch_size=1, length=LENGTH, seed=0)
     dtype = compute_dtype("auto", torch.device(device))
     described = report.device_description(device) | {"dtype": str(dtype).removeprefix("torch.")}
     result = {"device": described, "windows": windows, "context": CONTEXT, "rows": []}
@@ -101,7 +111,13 @@ def main(
                 if compressed is None:
                     compressed = CompressionResult.load(work / f"{method}-0" / "elastic")
                     compressed.model.to(device)
-                model = materialize(compressed, size, dtype=dtype, **options).eval()
+                covariances = None
+                if weights == BY_TEXT:
+                    plain = materialize(compressed, size, dtype=dtype).eval()
+                    first = itertools.islice(calibration, CALIBRATION_BATCHES)
+                    names = list(svd_layers(compressed.model))
+                    covariances, _ = layer_covariances(plain, names, [with_labels(b, plain.device) for b in first])
+                model = materialize(compressed, size, dtype=dtype, covariances=covariances, **options).eval()
                 row = {
                     "method": method,
                     "size_ratio": size,
