@@ -92,7 +92,8 @@ def main(
     tokenizer = AutoTokenizer.from_pretrained(str(texts.demo_model(log=console.print)))
     articles = texts.demo_texts(log=console.print)
     tokens = texts.tokenize(tokenizer, articles[-HELD_OUT:])
-    calibration = texts.Batches(texts.tokenize(tokenizer, articles[: -2 * HELD_OUT]), batch_size=1, length=LENGTH, seed=0)
+    training = texts.tokenize(tokenizer, articles[: -2 * HELD_OUT])
+    calibration = texts.Batches(training, batch_size=1, length=LENGTH, seed=0)
     dtype = compute_dtype("auto", torch.device(device))
     described = report.device_description(device) | {"dtype": str(dtype).removeprefix("torch.")}
     result = {"device": described, "windows": windows, "context": CONTEXT, "rows": []}
