@@ -160,6 +160,16 @@ def test_hooks_of_the_children_run():
     assert seen == ["P", "C"]
 
 
+def test_it_trains_after_it_has_been_evaluated():
+    layer, _ = layer_of((12, 5, 9))
+    x = torch.randn(2, 9, dtype=torch.float64)
+    with torch.inference_mode():
+        before = layer(x).clone()
+    after = layer(x)
+    after.sum().backward()
+    assert layer.P.weight.grad.any() and torch.allclose(before, after, rtol=1e-14)
+
+
 def test_it_compiles_and_exports():
     layer, _ = layer_of((12, 5, 9), dtype=torch.float32)
     x = torch.randn(2, 9)

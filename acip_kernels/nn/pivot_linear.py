@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import torch
@@ -98,10 +99,12 @@ class PivotLinear(nn.Module):
         """
         if self._orders is not None and self._orders[0] is self.is_pivot:
             return self._orders[1:]
-        # The first time, or the bits were moved, or replaced by what was loaded.
-        pivots = self.pivots
-        inverse = torch.where(pivots, pivots.long().cumsum(0) - 1, self.rank + (~pivots).long().cumsum(0) - 1)
-        place = inverse.argsort().to(torch.int32)
+        # The first time, or the bits were moved, or replaced by what was loaded. In inference mode too as ordinary
+        # tensors, which a later training step can use.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            pivots = self.pivots
+            inverse = torch.where(pivots, pivots.long().cumsum(0) - 1, self.rank + (~pivots).long().cumsum(0) - 1)
+            place = inverse.argsort().to(torch.int32)
         if not torch.compiler.is_exporting():
             self._orders = self.is_pivot, inverse, place
         return inverse, place
