@@ -454,18 +454,31 @@ def finetune(
         float | None, typer.Option("--size-ratio", "-s", help="The size to cut from an elastic checkpoint first.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="AdamW's: 2e-4 for adapters, 3e-4 for factors if not given.")
+        float | None,
+        typer.Option(help="AdamW's: 2e-4 for adapters, 3e-4 for factors, 2e-3 (relative) for scales if not given."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a quantized model: what it learns from, a model's directory or name; an elastic checkpoint "
+            "teaches at its full size.",
+        ),
     ] = None,
     distillation: Annotated[
         float | None,
         typer.Option(
-            help="Where factors are trained: weight of the teacher, the checkpoint at its full size. [default: 0.5]",
+            help="Weight of the teacher: of --teacher, or where factors are trained of the checkpoint at its full "
+            "size. [default: 0.5]",
             show_default=False,
         ),
     ] = None,
     adapter_rank: Annotated[
-        int, typer.Option(help="Rank of the LoRA adapter beside each low-rank layer, or of the factors' updates.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            help="Rank of the LoRA adapter beside each low-rank layer, or of the factors' updates. [default: 32]",
+            show_default=False,
+        ),
+    ] = None,
     adapter_alpha: Annotated[
         float | None,
         typer.Option(
@@ -495,10 +508,13 @@ def finetune(
     """Tune a compressed model at one size.
 
     Cut from an elastic checkpoint without adapters (the default recipe's), the factors of that size are trained
-    themselves, with the checkpoint at its full size as teacher. Of any other model, adapters are trained, and merged
+    themselves, with the checkpoint at its full size as teacher. Of a quantized model the scales are trained, which
+    wins back a part of what rounding has lost, at the same bytes. Of any other model, adapters are trained, and merged
     into its factors.
 
     Example: `acip finetune smol-elastic -s 0.6 --data wikitext2 --steps 200 -o smol-60-tuned`
+
+    Example: `acip finetune smol-60-int4 --teacher smol-elastic --data wikitext2 -o smol-60-int4-tuned`
     """
     import acip_kernels
 
@@ -518,26 +534,40 @@ def finetune(
     if elastic and size_ratio is None:
         raise ValueError(f"{model} is an elastic checkpoint, of every size: say which with --size-ratio")
     factors = elastic and not any(layer.get("adapter_rank") for layer in acip["layers"].values())
-    options: dict = {"adapter_rank": adapter_rank, "learning_rate": learning_rate, "seed": seed}
-    options["gradient_accumulation"] = gradient_accumulation
+    scales = bool(acip.get("quantized"))
     for_adapters = {"adapter_alpha": adapter_alpha, "adapter_dropout": adapter_dropout, "adapters": adapters}
-    idle = for_adapters if factors else {"distillation": distillation}
+    if scales:
+        what, idle = "the scales of this quantized model are trained", {**for_adapters, "adapter_rank": adapter_rank}
+        if teacher is None:
+            what, idle = f"{what}, and without --teacher by the text alone", {**idle, "distillation": distillation}
+    elif factors:
+        what, idle = "the factors of this checkpoint are trained, and no adapters", {**for_adapters, "teacher": teacher}
+    else:
+        what, idle = "adapters are trained", {"distillation": distillation, "teacher": teacher}
     given = ", ".join(f"--{name.replace('_', '-')}" for name, value in idle.items() if value is not None)
     if given:
-        what = "the factors of this checkpoint are trained, and no adapters" if factors else "adapters are trained"
         raise ValueError(f"{given} would do nothing: {what}")
+    options: dict = {"learning_rate": learning_rate, "seed": seed, "gradient_accumulation": gradient_accumulation}
+    options["distillation"] = 0.5 if distillation is None else distillation
+    options["adapter_rank"] = 32 if adapter_rank is None else adapter_rank
     loaded, tokenizer = _load(str(model), device, "auto", None if factors else size_ratio)
     tokens = texts.tokenize(tokenizer, texts.read_texts(data, column=column))
     batches = texts.Batches(tokens, batch_size=batch_size, length=length, seed=seed)
     if factors:
         loaded = CompressionResult(loaded, stored_config(model))
-        options |= {"size_ratio": size_ratio, "distillation": 0.5 if distillation is None else distillation}
-    else:
+        options |= {"size_ratio": size_ratio}
+    elif not scales:
         options["adapter_alpha"] = 16.0 if adapter_alpha is None else adapter_alpha
         options["adapter_dropout"] = 0.05 if adapter_dropout is None else adapter_dropout
+    elif teacher is not None:
+        of_all_sizes = pathlib.Path(teacher).is_dir() and _acip_fields(pathlib.Path(teacher)).get("kind") == "elastic"
+        options["teacher"], _ = _load(teacher, device, "auto", 1.0 if of_all_sizes else None)
     result = acip_kernels.finetune(loaded, batches, steps, **options, progress=not as_json)
-    merged = "auto" if factors else adapters or "merge"
-    tuned = cut(result, size_ratio if factors else 1.0, adapters=merged, dtype=checkpoint_dtype(str(model)))
+    if scales:
+        tuned = result.model
+    else:
+        merged = "auto" if factors else adapters or "merge"
+        tuned = cut(result, size_ratio if factors else 1.0, adapters=merged, dtype=checkpoint_dtype(str(model)))
     base = fields.get("quantization_config", {}).get("base_model")
     save(tuned, output, tokenizer=tokenizer, base_model=base, overwrite=overwrite)
     losses = [row["loss"] for row in result.history]

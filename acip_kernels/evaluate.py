@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from . import files
+from .generation import cache_name
 
 PAPER_TASKS = ("piqa", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "mathqa")
 """The seven zero-shot tasks of the ACIP paper, by their lm_eval names."""
@@ -345,9 +346,10 @@ def flops_per_token(model, context=128):
     )
     formulas = dict.fromkeys(attention, _attention_flops)
     with _evaluating(model):
-        cache = model(input_ids=ids, use_cache=True, **options).past_key_values
+        name = cache_name(model)
+        cache = {name: getattr(model(input_ids=ids, use_cache=True, **options), name)}
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter, _ForeignFlops() as foreign:
-            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True, **options)
+            model(input_ids=ids[:, :1], **cache, use_cache=True, **options)
     return counter.get_total_flops() + foreign.total
 
 

@@ -69,8 +69,7 @@ class Decoder:
         self.model, self.max_length, self.batch_size, self.freeze = model, max_length, batch_size, freeze
         self._windows = _windows(model.config.get_text_config(decoder=True))
         self._parameters = inspect.signature(model.forward).parameters
-        # transformers 5.24 has given the cache another name.
-        self._cache_name = "cache" if "cache" in self._parameters else "past_key_values"
+        self._cache_name = cache_name(model)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._steps: dict[tuple, Callable] = {}
@@ -314,3 +313,8 @@ class _Sampler:
             out[:, -1] = False
             logits = logits.masked_fill(out.scatter(1, order, out), -torch.inf)
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What `model` calls the cache that its forward takes and returns; transformers 5.24 has given it another name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -39,7 +39,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import acip_kernels
 from acip_kernels import LowRankLinear, data, files, report
-from acip_kernels.generation import Decoder
+from acip_kernels.generation import Decoder, cache_name
 from acip_kernels.models.fuse import is_fused
 from acip_kernels.models.quantizer import put_embeddings
 from acip_kernels.models.targets import linear_layers
@@ -330,7 +330,8 @@ class GraphLoop:
         self.graph = None
 
     def _read(self, ids: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        cache = {cache_name(self.model): self.cache}
+        output = self.model(input_ids=ids, position_ids=positions, **cache, use_cache=True)
         return output.logits[:, -1:].argmax(-1)
 
     def _step(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toys
 from published import Published
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -221,6 +221,28 @@ def test_compressing_quantized_layers_is_refused_before_the_work(base, tmp_path)
     as_json("materialize", folder / summary["elastic"], "-s", 0.5, "--quantize", "int8", "-o", tmp_path / "small")
     with pytest.raises(ValueError, match="has quantized layers, as .*: compress the model that it was made from"):
         acip("compress", tmp_path / "small", "-d", folder / "text.txt", "-o", tmp_path / "run", *BATCHES)
+
+
+def test_finetune_trains_the_scales_of_a_quantized_model(base, tmp_path):
+    folder, summary = base
+    elastic, data = folder / summary["elastic"], ("-d", folder / "text.txt", *BATCHES)
+    as_json("materialize", elastic, "-s", 0.5, "--quantize", "int4", "-o", tmp_path / "int4")
+    for teacher in (elastic, folder / "toy"):
+        options = ("--teacher", teacher, "--steps", 12, "--learning-rate", 1e-2)
+        tuned = as_json("finetune", tmp_path / "int4", "-o", tmp_path / "tuned", "--overwrite", *options, *data)
+        assert tuned["last_loss"] < tuned["first_loss"]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("int4", "tuned"))
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and all(name.endswith("scales") for name in changed)
+    for idle, why in (
+        (("--adapter-rank", 4, "--adapters", "merge"), "--adapters, --adapter-rank would do nothing: the scales"),
+        (("--distillation", 0.3), "--distillation would do nothing: .* without --teacher by the text alone"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            acip("finetune", tmp_path / "int4", "-o", tmp_path / "none", *idle, *data)
+    with pytest.raises(ValueError, match="--teacher would do nothing: adapters are trained"):
+        acip("finetune", elastic, "-s", 0.6, "-o", tmp_path / "none", "--teacher", elastic, *data)
 
 
 def test_finetune_trains_the_factors_of_a_checkpoint_without_adapters(base, tmp_path):

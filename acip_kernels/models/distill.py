@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -19,17 +20,26 @@ _ROW_ELEMENTS = 2**18
 class DistillationLoss:
     """`(1 - w) · cross-entropy + w · KL(teacher ‖ student)`, the mean over the labelled tokens, with a graph.
 
-    The student is `model`; the teacher is `model` too, while `teaching()`, a context manager, has it compute with its
-    dense weights. Where the model is a base model and a frozen linear head, logits are made and turned into gradients
-    a block at a time (see `soft_cross_entropy`); otherwise all at once.
+    The student is `model`; so is the teacher, unless another one is given. Where both are a base model and a frozen
+    linear head, logits are made and turned into gradients a block at a time (see `soft_cross_entropy`); otherwise all
+    at once.
 
     Args:
+        teaching: a context manager, within which the teacher computes what it teaches: `model` with its dense weights.
         weight: `w`, in [0, 1]; 0 is the model's ordinary loss, and nothing is taught.
+        teacher: another model of the same tokens.
     """
 
-    def __init__(self, model: nn.Module, teaching: Callable, weight: float):
-        self.model, self.teaching, self.weight = model, teaching, weight
+    def __init__(
+        self,
+        model: nn.Module,
+        teaching: Callable = contextlib.nullcontext,
+        weight: float = 0.0,
+        teacher: nn.Module | None = None,
+    ):
+        self.model, self.teaching, self.weight, self.teacher = model, teaching, weight, teacher or model
         self.plain = CausalLoss(model)
+        self.of_teacher = self.plain if teacher is None else CausalLoss(teacher)
 
     def __call__(self, inputs: dict, counted: Tensor | None = None) -> Tensor:
         """counted: `counted_tokens` of the labels, for who knows them: to find them out waits for a GPU."""
@@ -38,20 +48,28 @@ class DistillationLoss:
         others = {key: value for key, value in inputs.items() if key != "labels"}
         counted = counted_tokens(inputs["labels"]) if counted is None else counted
         labels = next_tokens(inputs["labels"])
-        lean = self.plain.is_lean(inputs)
-        of = self._hidden if lean else self._logits
+        lean = self.plain.is_lean(inputs) and self.of_teacher.is_lean(inputs)
+        of = _hidden if lean else _logits
         with torch.no_grad(), self.teaching():
-            taught = of(others)[counted]
-        learnt = of(others)[counted]
-        head = self.model.get_output_embeddings() if lean else None
-        weight, bias = (head.weight, head.bias) if lean else (None, None)
-        return soft_cross_entropy(learnt, taught, labels[counted], weight, bias, self.weight) / len(counted)
+            taught = of(self.teacher, others)[counted]
+        learnt = of(self.model, others)[counted]
+        weight, bias = _head(self.model) if lean else (None, None)
+        teachers = _head(self.teacher) if lean and self.teacher is not self.model else None
+        total = soft_cross_entropy(learnt, taught, labels[counted], weight, bias, self.weight, teachers)
+        return total / len(counted)
 
-    def _hidden(self, inputs: dict) -> Tensor:
-        return self.model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
 
-    def _logits(self, inputs: dict) -> Tensor:
-        return self.model(**inputs).logits.flatten(0, 1)
+def _hidden(model: nn.Module, inputs: dict) -> Tensor:
+    return model.base_model(**inputs, use_cache=False)[0].flatten(0, 1)
+
+
+def _logits(model: nn.Module, inputs: dict) -> Tensor:
+    return model(**inputs).logits.flatten(0, 1)
+
+
+def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    head = model.get_output_embeddings()
+    return head.weight, head.bias
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -65,7 +83,13 @@ def counted_tokens(labels: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(
-    x: Tensor, teacher: Tensor, labels: Tensor, weight: Tensor | None, bias: Tensor | None, w: float
+    x: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    w: float,
+    teachers_head: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """`Σ_tokens (1 - w) · -log q[label] + w · Σ_classes p log(p / q)`, `q` and `p` the softmax of either's logits.
 
@@ -77,12 +101,16 @@ def soft_cross_entropy(
         A float32 scalar (float64 for float64 `x`), with a gradient for `x` alone: of the logits it is
         `q - (1 - w) onehot(label) - w p`.
     """
-    return _SoftCrossEntropy.apply(x, teacher, labels, weight, bias, w)
+    classes = x.shape[1] if weight is None else len(weight)
+    taught = teacher.shape[1] if weight is None else classes if teachers_head is None else len(teachers_head[0])
+    if taught != classes:
+        raise ValueError(f"the teacher has a vocabulary of {taught} tokens, and the model that it teaches {classes}")
+    return _SoftCrossEntropy.apply(x, teacher, labels, weight, bias, w, teachers_head)
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, teacher, labels, weight, bias, w):
+    def forward(ctx, x, teacher, labels, weight, bias, w, teachers_head):
         precise = torch.promote_types(x.dtype, torch.float32)
         classes = x.shape[1] if weight is None else weight.shape[0]
         # As few chunks as there have to be, all about as long: each reads all of the weight.
@@ -90,12 +118,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
         chunk = -(-len(x) // max(1, chunks))
         dx, losses = torch.empty_like(x), []
 
-        def logits(states):
-            return states if weight is None else nn.functional.linear(states, weight, bias)
+        def logits(states, head):
+            return states if weight is None else nn.functional.linear(states, *head)
+
+        own = weight, bias
 
         for start in range(0, len(x), max(1, chunk)):
             part = slice(start, start + chunk)
-            student, taught = logits(x[part]), logits(teacher[part])
+            student, taught = logits(x[part], own), logits(teacher[part], teachers_head or own)
             # The gradient takes the place of the student's logits, but for the caller's own, where there is no head.
             student = student.clone(memory_format=torch.contiguous_format) if weight is None else student
             losses.append(_soft_cross_entropy_(student, taught.to(student.dtype), labels[part], w))
@@ -106,7 +136,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         (dx,) = ctx.saved_tensors
-        return (dx * g).to(dx.dtype), None, None, None, None, None
+        return (dx * g).to(dx.dtype), *[None] * 6
 
 
 def _soft_cross_entropy_(logits: Tensor, teacher: Tensor, labels: Tensor, w: float) -> Tensor:

@@ -216,8 +216,16 @@ def dequantize_int4(
     """`dequantize` of int4."""
     precise = torch.promote_types(dtype, torch.float32)
     codes = unpack(qweight, cols).to(precise)
-    codes = codes - (SYMMETRIC_ZERO if zeros is None else _per_column(zeros, cols, group).to(precise))
-    return (codes * _per_column(scales, cols, group).to(precise)).to(dtype)
+    codes = codes - (SYMMETRIC_ZERO if zeros is None else per_column(zeros, cols, group).to(precise))
+    return (codes * per_column(scales, cols, group).to(precise)).to(dtype)
+
+
+def without_scales(qweight: Tensor, zeros: Tensor | None = None, *, cols: int, group: int = 64) -> Tensor:
+    """What the scales of a weight multiply, `[rows, cols]`: `qweight` itself, or of int4 `code - zero`, int8."""
+    if qweight.dtype in PER_ROW.values():
+        return qweight
+    zero = SYMMETRIC_ZERO if zeros is None else per_column(zeros, cols, group).to(torch.int8)
+    return unpack(qweight, cols).to(torch.int8) - zero
 
 
 def pack(codes: Tensor, padding: Tensor | int = SYMMETRIC_ZERO) -> Tensor:
@@ -258,7 +266,8 @@ def _grouped(weight: Tensor, group: int) -> Tensor:
     return F.pad(weight, (0, groups * group - cols)).view(rows, groups, group)
 
 
-def _per_column(per_group: Tensor, cols: int, group: int) -> Tensor:
+def per_column(per_group: Tensor, cols: int, group: int) -> Tensor:
+    """`[rows, groups]` as `[rows, cols]`, each for the `group` columns that it is of."""
     return per_group.repeat_interleave(group, dim=1)[:, :cols]
 
 
