@@ -455,7 +455,7 @@ def finetune(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="AdamW's: 2e-4 for adapters, 3e-4 for factors, 2e-3 (relative) for scales if not given."),
+        typer.Option(help="AdamW's: 2e-4 for adapters, 3e-4 for factors, 1e-3 (relative) for scales if not given."),
     ] = None,
     teacher: Annotated[
         str | None,

@@ -57,7 +57,7 @@ def finetune(
             are trained.
         batches: as for `compress`. steps: optimizer steps, of `gradient_accumulation` batches each.
         learning_rate: AdamW's, without weight decay; None for the reference implementation's default of 2e-4 for
-            adapters, and at its highest 3e-4 for factors, 2e-3 for scales (relative to them).
+            adapters, and at its highest 3e-4 for factors, 1e-3 for scales (relative to them).
         distillation: the teacher's weight in the loss of factors or scales, see `NestedConfig`.
         teacher: of a quantized model, a model of the same vocabulary; None to learn from the text alone. Factors are
             always taught by the result that they are of, and adapters by none.
@@ -109,7 +109,7 @@ def finetune(
     step: TrainingStep | ScaleTraining
     feed = _rounds(batches, gradient_accumulation)
     if quantized:
-        step = ScaleTraining(model, teacher, distillation, steps, 2e-3 if learning_rate is None else learning_rate)
+        step = ScaleTraining(model, teacher, distillation, steps, 1e-3 if learning_rate is None else learning_rate)
         try:
             history = _take_steps(step, feed, steps, progress)
         finally:
