@@ -518,7 +518,7 @@ def finetune(
     """
     import acip_kernels
 
-    from . import CompressionResult, files, save
+    from . import CompressionResult, files, load, save
     from . import data as texts
     from .compress import materialize as cut
     from .models.foreign import is_published
@@ -564,7 +564,9 @@ def finetune(
         options["teacher"], _ = _load(teacher, device, "auto", 1.0 if of_all_sizes else None)
     result = acip_kernels.finetune(loaded, batches, steps, **options, progress=not as_json)
     if scales:
-        tuned = result.model
+        # Into the file's own dtype, whatever was computed with.
+        tuned, learnt = load(model), result.model.state_dict()
+        tuned.load_state_dict({name: t for name, t in learnt.items() if name.endswith("scales")}, strict=False)
     else:
         merged = "auto" if factors else adapters or "merge"
         tuned = cut(result, size_ratio if factors else 1.0, adapters=merged, dtype=checkpoint_dtype(str(model)))

@@ -232,7 +232,8 @@ def test_finetune_trains_the_scales_of_a_quantized_model(base, tmp_path):
         tuned = as_json("finetune", tmp_path / "int4", "-o", tmp_path / "tuned", "--overwrite", *options, *data)
         assert tuned["last_loss"] < tuned["first_loss"]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("int4", "tuned"))
-    assert before.keys() == after.keys()
+    assert {name: t.dtype for name, t in before.items()} == {name: t.dtype for name, t in after.items()}
+    assert before["model.norm.weight"].dtype == torch.float32
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
     assert changed and all(name.endswith("scales") for name in changed)
     for idle, why in (
