@@ -385,7 +385,7 @@ def materialize(
             "not trained. Minutes, no bytes; it need not help, so evaluate both.",
         ),
     ] = False,
-    calibration_batches: Annotated[int, typer.Option(help="Sequences of the text that are taken.")] = 16,
+    calibration_batches: Annotated[int, typer.Option(help="Sequences of the text that are taken.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 1024,
     overwrite: Overwrite = False,
     as_json: Json = False,
