@@ -50,7 +50,7 @@ WEIGHTS = {
 # What is measured beside the others at these sizes alone.
 BESIDE = {
     BY_TEXT: (("importance", 1.0), ("nested", 0.6)),
-    TUNED: (("nested", 0.6),),
+    TUNED: (("nested", 0.8), ("nested", 0.6), ("nested", 0.4)),
     "int4, in two factors": (("nested", 0.8), ("nested", 0.6), ("nested", 0.4)),
     "… and to the nearest": (("importance", 1.0), ("nested", 0.6)),
     "int4, pivoted, to the nearest": (("nested", 0.6),),

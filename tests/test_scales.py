@@ -105,8 +105,11 @@ def test_scales_alone_learn_from_a_teacher(make, kind, tmp_path):
     taught = copy.deepcopy(teacher.state_dict())
     model = materialize(result, 0.7, quantize=kind, quantize_rounding="nearest")
     state, before = copy.deepcopy(model.state_dict()), divergence(model, teacher)
+    teacher.train(make is toys.llama)
     tuned = finetune(model, BATCHES, 30, teacher=teacher, distillation=1.0, learning_rate=5e-3, progress=False)
     assert tuned.model is model and not any(isinstance(m, ScaledLinear) for m in model.modules())
+    assert teacher.training == (make is toys.llama) and not model.training
+    teacher.eval()
     assert len(tuned.history) == 30 and divergence(model, teacher) < 0.8 * before
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == state[name].dtype
@@ -173,6 +176,12 @@ def test_mistakes_are_named_and_leave_the_model_as_it_was():
     other = toys.llama(vocab_size=80)
     with pytest.raises(ValueError, match="the teacher has a vocabulary of 80 tokens, and the model that it teaches 64"):
         finetune(model, BATCHES, 1, teacher=other, progress=False)
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        finetune(model, BATCHES, 1, teacher=model, progress=False)
+    with pytest.raises(ValueError, match="the teacher is on meta, and the model on cpu"):
+        finetune(model, BATCHES, 1, teacher=copy.deepcopy(teacher).to("meta"), progress=False)
+    with pytest.raises(ValueError, match="Invalid learning rate"):
+        finetune(model, BATCHES, 1, learning_rate=-1.0, progress=False)
     with pytest.raises(ValueError, match="distillation must be from 0 to 1"):
         finetune(model, BATCHES, 1, teacher=teacher, distillation=2, progress=False)
     with pytest.raises(ValueError, match="batches ran out after 2 batches"):

@@ -79,6 +79,8 @@ def finetune(
     quantized = any(isinstance(module, QuantizedLinear) for module in _module(model).modules())
     if teacher is not None and not quantized:
         raise ValueError("teacher is for the scales of a quantized model; factors have their own, and adapters none")
+    if teacher is not None and teacher is _module(model):
+        raise ValueError("the teacher is the model itself: give the model before it was quantized, or the dense one")
     if not 0 <= distillation <= 1:
         raise ValueError(f"distillation must be from 0 to 1, got {distillation}")
     if size_ratio is not None:
@@ -106,6 +108,8 @@ def finetune(
     if Processes.current(device).size > 1:
         what = "scales" if quantized else "adapters"
         raise ValueError(f"{what} are tuned in one process; compress, and finetune at a size_ratio, take several")
+    if teacher is not None and next(teacher.parameters()).device != device:
+        raise ValueError(f"the teacher is on {next(teacher.parameters()).device}, and the model on {device}")
     step: TrainingStep | ScaleTraining
     feed = _rounds(batches, gradient_accumulation)
     if quantized:

@@ -36,25 +36,24 @@ class ScaleTraining:
     ):
         self.model, self.steps, self.learning_rate, self.done = model, steps, learning_rate, 0
         self.device = next(model.parameters()).device
-        self.learns = [(p, p.requires_grad) for p in model.parameters()]
-        for parameter, _ in self.learns:
-            parameter.requires_grad_(False)
-        self.was_fused = is_fused(model)
-        unfuse(model)
         self.layers = {m: ScaledLinear(m) for m in model.modules() if isinstance(m, QuantizedLinear)}
-        replace_modules(model, self.layers)
-        self.was_training = model.training
         self.changes = [layer.change for layer in self.layers.values()]
         self.optimizer = torch.optim.AdamW(
             self.changes, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
         )
+        # Nothing can be refused from here on: the model is changed.
+        self.learns = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        for parameter, _ in self.learns:
+            parameter.requires_grad_(False)
+        self.was_fused = is_fused(model)
+        unfuse(model)
+        replace_modules(model, self.layers)
         self.loss = DistillationLoss(model, weight=0.0 if teacher is None else distillation, teacher=teacher)
-        models = [model]
-        if teacher is not None:
-            models.append(teacher.eval())
-        self._attention = [(one, training.use(one)) for one in models]
+        models = [model] if teacher is None else [model, teacher]
+        self._attention = [(one, one.training, training.use(one)) for one in models]
         self._rotations = tuple({module: None for one in models for module in training.rotations(one)})
-        model.eval()  # without dropout: its noise is more than the errors that scales can take back
+        for one in models:
+            one.eval()  # without dropout: its noise is more than the errors that scales can take back
 
     def __call__(self, batches: list[dict]) -> StepOutcome:
         total = torch.zeros((), device=self.device)
@@ -79,11 +78,11 @@ class ScaleTraining:
 
     def finish(self) -> None:
         """`QuantizedLinear`s again, with the scales as they are now; everything else as it was."""
-        for model, name in self._attention:
+        for model, was_training, name in self._attention:
             training.restore(model, name)
+            model.train(was_training)
         replace_modules(self.model, {scaled: scaled.quantized() for scaled in self.layers.values()})
         for parameter, learns in self.learns:
             parameter.requires_grad_(learns)
-        self.model.train(self.was_training)
         if self.was_fused:
             fuse(self.model)
