@@ -285,3 +285,13 @@ def test_theoretical_loss_allocates_by_the_error_of_each_layer_of_a_group():
         ranks = [int(kept.sum()) for kept in sizing.cut(alike, size).values()]
         uniform = [int(kept.sum()) for kept in sizing.cut(uniform_scores(sizing), size).values()]
         assert all(abs(a - b) <= 1 for a, b in zip(ranks, uniform))
+
+
+def test_covariances_are_given_back_layer_by_layer_and_only_if_asked():
+    model = toys.llama()
+    names = [name for name, module in model.named_modules() if name.endswith("down_proj")]
+    covariances = {name: torch.eye(48, dtype=torch.float64) for name in names}
+    kept, left = [], dict(covariances)
+    factorize(toys.llama(), names, covariances=covariances)
+    factorize(model, names, covariances=left, release=True, each=lambda layer: kept.append(len(left)))
+    assert list(covariances) == names and kept == [1, 0]

@@ -37,6 +37,7 @@ def factorize(
     progress: Callable[[int, int], None] | None = None,
     division: Division | None = None,
     each: Callable[[SVDLinear], None] | None = None,
+    release: bool = False,
 ) -> list[str]:
     """Replace `model`'s linear layers by `SVDLinear`, in place, and return their names.
 
@@ -59,6 +60,8 @@ def factorize(
         division: among several processes, which all call this with the same model: each decomposes the layers that it
             owns (`progress` counts those) and sends them to the others; covariances are needed for those alone.
         each: called with every new layer.
+        release: take each layer's covariances out of both dicts when it is decomposed: together they may be larger than
+            the model.
 
     Raises:
         ValueError: targets that mean no layer, a weight that is not finite (its layer is named), or a model that
@@ -79,8 +82,9 @@ def factorize(
     def decomposition(name: str) -> dict[str, Tensor]:
         weight = weight_of(layers[name]).detach()
         weight = weight if dtype is None else weight.to(dtype)
-        covariance = (covariances or {}).get(name)
-        U, S, Vh = cached_svd(weight, svd_cache, covariance, (gradient_covariances or {}).get(name))
+        take = dict.pop if release else dict.get
+        covariance, gradient_covariance = (take(d or {}, name, None) for d in (covariances, gradient_covariances))
+        U, S, Vh = cached_svd(weight, svd_cache, covariance, gradient_covariance)
         factors = {"U": U, "S": S, "Vh": Vh}
         if covariance is not None and weight.shape[1] > weight.shape[0]:
             factors["input_variances"] = covariance.diagonal().float()

@@ -186,6 +186,7 @@ def decompose(
             progress=advance,
             division=division,
             each=each,
+            release=True,
         )
 
 

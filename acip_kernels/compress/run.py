@@ -106,6 +106,7 @@ class ACIPRun(TrainingLoop):
                     config.targets,
                     exclude=config.exclude,
                     covariances=covariances,
+                    release=True,
                     mask_scale=config.mask_scale,
                     adapter_rank=config.adapter_rank,
                     adapter_alpha=config.adapter_alpha,
